@@ -1,0 +1,1 @@
+"""Items to model inputs, one file for each kind of backbone."""

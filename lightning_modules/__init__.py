@@ -1,0 +1,1 @@
+"""Whatever touches parameters: what is trained, what trains it, what is made of it."""

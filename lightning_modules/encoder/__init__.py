@@ -1,0 +1,1 @@
+"""The encoder: torch modules without Lightning."""

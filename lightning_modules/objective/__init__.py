@@ -1,0 +1,1 @@
+"""What training minimises: a named sum over terms and prefixes."""
