@@ -116,10 +116,9 @@ def decode_audio(data: bytes, format: str, limits: DecodeLimits) -> np.ndarray:
     if format not in AUDIO_FORMATS:
         raise ValueError(f"audio format {format!r} is not read; allowed: {', '.join(AUDIO_FORMATS)}")
     with soundfile.SoundFile(io.BytesIO(data)) as file:
-        if not 0 < file.frames <= limits.max_audio_seconds * file.samplerate:
-            raise ValueError(
-                f"this audio lasts {file.frames / file.samplerate:.1f} s; allowed: more than 0 and at most {limits.max_audio_seconds} s"
-            )
+        seconds = file.frames / file.samplerate
+        if not 0 < seconds <= limits.max_audio_seconds:
+            raise ValueError(f"this audio lasts {seconds:.1f} s; allowed: more than 0 and at most {limits.max_audio_seconds} s")
         wave, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
     if rate != SAMPLE_RATE:
         from scipy.signal import resample_poly

@@ -133,6 +133,6 @@ def _fold(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
-def _add(digest: "hashlib._Hash", kind: str, payload: bytes) -> None:
+def _add(digest: hashlib.blake2b, kind: str, payload: bytes) -> None:
     digest.update(f"{kind}:{len(payload)}:".encode())
     digest.update(payload)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import webdataset
+from webdataset.writer import TarWriter
 
 from datamodules.sample import TEXT_KINDS, Example, Item, Part
 
@@ -91,7 +91,7 @@ def _write_tars(folder: Path, examples: Iterable[Example], examples_per_shard: i
             if number % examples_per_shard == 0:
                 if writer is not None:
                     writer.close()
-                writer = webdataset.TarWriter(str(folder / f"{number // examples_per_shard:06d}.tar"), mtime=0)  # pyright: ignore[reportArgumentType]
+                writer = TarWriter(str(folder / f"{number // examples_per_shard:06d}.tar"), mtime=0)
             assert writer is not None
             writer.write(to_record(example))
     finally:

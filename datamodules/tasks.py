@@ -57,7 +57,9 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class BenchmarkSpec:
-    """A benchmark: what is embedded, against what, and how it is judged. It is named `<set>/<query modality>-<target modality>`.
+    """A benchmark: what is embedded, against what, and how it is judged.
+
+    It is named `<set>/<query modality>-<target modality>`.
 
     Args:
         measure: `retrieval` ranks all targets of the split (equal ones count once) or of `corpus`; `similarity` correlates
@@ -98,6 +100,7 @@ def modalities_of(benchmark: str) -> tuple[str, str]:
     match = BENCHMARK_NAME.fullmatch(benchmark)
     if match is None:
         raise ValueError(
-            f"benchmark {benchmark!r} must be named <set>/<query modality>-<target modality>; modalities: {', '.join((*KINDS, 'mixed'))}"
+            f"benchmark {benchmark!r} must be named <set>/<query modality>-<target modality>; "
+            f"modalities: {', '.join((*KINDS, 'mixed'))}"
         )
     return match[1], match[2]

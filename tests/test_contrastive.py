@@ -1,0 +1,167 @@
+"""Promises of the loss: the golden values of the equations page, and the properties it names."""
+
+import math
+
+import pytest
+import torch
+
+from kernels.contrastive import contrastive_loss
+from kernels.spread_out import spread_out_loss
+
+i = torch.arange(4, dtype=torch.float64)[:, None]
+k = torch.arange(8, dtype=torch.float64)
+QUERY = torch.sin(0.7 * i + 1.3 * k + 0.1)
+PASSAGE = QUERY + 0.5 * torch.cos(2.1 * i - 0.4 * k)
+NEGATIVE = QUERY + 0.8 * torch.sin(1.9 * i + 0.6 * k + 0.5)
+OWN = {"negative": NEGATIVE, "negative_row": torch.arange(4)}
+PASSAGE_ID = {"passage_id": torch.tensor([0, 1, 1, 3])}
+QUERY_ID = {"query_id": torch.tensor([0, 1, 0, 3])}
+
+
+@pytest.mark.parametrize(
+    ("case", "at_half", "at_twentieth"),
+    [
+        ({}, 0.8294245053, 0.0388830182),
+        (OWN, 1.1336564624, 0.2144445039),
+        (OWN | PASSAGE_ID, 1.0307307356, 0.2091857092),
+        (OWN | PASSAGE_ID | QUERY_ID, 0.9855349240, 0.2091854010),
+        (OWN | {"hardness": 5.0}, 3.7911504506, 2.1138166407),
+        (OWN | PASSAGE_ID | QUERY_ID | {"prefixes": (2,)}, 1.1319656050, 1.2861003133),
+        (OWN | PASSAGE_ID | QUERY_ID | {"prefixes": (4,)}, 1.0332505083, 0.3984195032),
+        (OWN | PASSAGE_ID | QUERY_ID | {"prefixes": (2, 4, 8)}, 3.1507510374, 1.8937052175),
+        (OWN | {"negatives": "all"}, 1.4293191707, 0.2220946452),
+    ],
+    ids=["A", "B", "C", "C2", "D", "F at 2", "F at 4", "F summed", "all negatives"],
+)
+def test_the_loss_has_its_golden_values(case, at_half, at_twentieth):
+    for temperature, expected in ((0.5, at_half), (0.05, at_twentieth)):
+        out = contrastive_loss(QUERY, PASSAGE, **{"prefixes": (8,), **case}, temperature=temperature)
+        assert out.loss.item() == pytest.approx(expected, abs=5e-11)
+        assert out.per_prefix.sum().item() == pytest.approx(expected, abs=5e-11)
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(0.5, 0.3014875731), (0.05, 2.7656538594)])
+def test_hardness_weights_carry_no_gradient(temperature, expected):
+    query = QUERY.clone().requires_grad_()
+    contrastive_loss(query, PASSAGE, prefixes=(8,), temperature=temperature, hardness=5.0, **OWN).loss.backward()
+    assert query.grad is not None
+    assert query.grad.norm().item() == pytest.approx(expected, abs=5e-11)
+
+
+def test_the_spread_out_term_has_its_golden_values():
+    def both(prefixes):
+        return spread_out_loss(QUERY, prefixes=prefixes).sum() + spread_out_loss(PASSAGE, prefixes=prefixes).sum()
+
+    assert both((8,)).item() == pytest.approx(0.5024903094, abs=5e-11)
+    assert both((2, 4, 8)).item() == pytest.approx(2.0029874798, abs=5e-11)
+
+
+def test_rows_of_equal_content_do_not_spread_out():
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert spread_out_loss(x, prefixes=(2,)).item() == pytest.approx(2 / 6)
+    assert spread_out_loss(x, prefixes=(2,), ids=torch.tensor([7, 7, 1])).item() == 0
+
+
+def test_high_temperature_leaves_the_log_of_the_candidates():
+    out = contrastive_loss(QUERY, PASSAGE, prefixes=(8,), temperature=1e9, **OWN, **PASSAGE_ID)
+    candidates = [1 + 1 + 3, 1 + 1 + 2, 1 + 1 + 2, 1 + 1 + 3]  # own, hard negative, unmasked others
+    assert out.loss.item() == pytest.approx(sum(map(math.log, candidates)) / 4, abs=1e-7)
+
+
+def test_everything_masked_gives_zero_and_no_gradient():
+    query = QUERY.clone().requires_grad_()
+    loss = contrastive_loss(
+        query, PASSAGE, prefixes=(2, 8), temperature=0.05, passage_id=torch.zeros(4, dtype=torch.int64)
+    ).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert query.grad is not None
+    assert query.grad.abs().max().item() == 0
+
+
+def test_an_own_negative_equal_to_the_positive_is_dropped():
+    ids = {"passage_id": torch.arange(4), "negative_id": torch.arange(4)}
+    for negatives in ("own", "all"):
+        kept = contrastive_loss(QUERY, PASSAGE, prefixes=(8,), temperature=0.5, **OWN, **ids, negatives=negatives).loss
+        plain = contrastive_loss(QUERY, PASSAGE, prefixes=(8,), temperature=0.5).loss
+        if negatives == "own":
+            assert kept.item() == pytest.approx(plain.item(), abs=1e-12)
+        else:
+            assert kept.item() > plain.item()
+
+
+def test_scaling_a_vector_changes_nothing():
+    scale = torch.tensor([[0.01], [1.0], [30.0], [7.0]], dtype=torch.float64)
+    plain = contrastive_loss(QUERY, PASSAGE, prefixes=(2, 8), temperature=0.05, **OWN).loss
+    scaled = contrastive_loss(QUERY * scale, PASSAGE / scale, prefixes=(2, 8), temperature=0.05, **OWN).loss
+    assert scaled.item() == pytest.approx(plain.item(), rel=1e-12)
+
+
+def test_coordinates_beyond_a_prefix_get_no_gradient():
+    query = QUERY.clone().requires_grad_()
+    contrastive_loss(query, PASSAGE, prefixes=(4,), temperature=0.05).loss.backward()
+    assert query.grad is not None
+    assert query.grad[:, 4:].abs().max() == 0
+    assert query.grad[:, :4].abs().min() > 0
+
+
+def test_permuting_the_batch_permutes_the_gradients():
+    order = torch.tensor([2, 0, 3, 1])
+    first, second = QUERY.clone().requires_grad_(), QUERY[order].clone().requires_grad_()
+    contrastive_loss(first, PASSAGE, prefixes=(2, 8), temperature=0.1).loss.backward()
+    contrastive_loss(second, PASSAGE[order], prefixes=(2, 8), temperature=0.1).loss.backward()
+    assert first.grad is not None
+    assert second.grad is not None
+    torch.testing.assert_close(second.grad, first.grad[order], rtol=1e-12, atol=1e-14)
+
+
+def test_rows_on_two_ranks_give_the_loss_of_one():
+    ids = OWN | PASSAGE_ID | QUERY_ID
+    whole = contrastive_loss(QUERY, PASSAGE, prefixes=(2, 8), temperature=0.1, **ids).loss
+    halves = [
+        contrastive_loss(
+            QUERY[o : o + 2],
+            PASSAGE,
+            prefixes=(2, 8),
+            temperature=0.1,
+            offset=o,
+            negative=NEGATIVE[o : o + 2],
+            negative_row=torch.arange(2),
+            **PASSAGE_ID,
+            **QUERY_ID,
+        ).loss
+        for o in (0, 2)
+    ]
+    assert (sum(halves) / 2).item() == pytest.approx(whole.item(), rel=1e-12)
+
+
+def test_a_nearly_solved_batch_keeps_its_digits():
+    query = torch.eye(2, dtype=torch.float64)
+    loss = contrastive_loss(query, query, prefixes=(2,), temperature=0.02).loss.item()
+    assert loss == pytest.approx(math.log1p(math.exp(-50)), rel=1e-12)
+
+
+def test_the_temperature_gets_a_gradient_when_it_is_a_tensor():
+    temperature = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    contrastive_loss(QUERY, PASSAGE, prefixes=(8,), temperature=temperature).loss.backward()
+    step = 1e-6
+    up, down = (contrastive_loss(QUERY, PASSAGE, prefixes=(8,), temperature=0.5 + s).loss.item() for s in (step, -step))
+    assert temperature.grad is not None
+    assert temperature.grad.item() == pytest.approx((up - down) / (2 * step), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prefixes": (16,)}, "prefix 16 is wider than the embedding, which has 8"),
+        ({"prefixes": (8, 4)}, "must be positive and increase"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"passage_id": torch.arange(3)}, "passage_id has shape"),
+        ({"offset": 1}, "does not fit"),
+        ({"negative": NEGATIVE}, "given together"),
+        ({"weights": (1.0, 2.0)}, "one for each"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        contrastive_loss(QUERY, PASSAGE, **{"prefixes": (8,), "temperature": 0.05, **change})
