@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pypdfium2
 import soundfile
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from datamodules.sample import TEXT_KINDS, Example, Item, Part
@@ -139,6 +140,7 @@ def decode_video(data: bytes, format: str, limits: DecodeLimits) -> np.ndarray:
         if not container.streams.video:
             raise ValueError("this file has no video stream")
         stream = container.streams.video[0]
+        stream.thread_type, stream.codec_context.thread_count = "NONE", 1  # starting threads costs more than a short clip
         _check_pixels(stream.codec_context.width, stream.codec_context.height, limits)
         seconds = container.duration / av.time_base if container.duration else 0.0
         if not 0 < seconds <= limits.max_video_seconds:
@@ -151,18 +153,23 @@ def decode_video(data: bytes, format: str, limits: DecodeLimits) -> np.ndarray:
 def _frames_at(container: Any, stream: Any, wanted: list[float]) -> list[np.ndarray]:
     """The frame shown at each of the wanted times (ascending, seconds); the last one stays to the end."""
     found: list[np.ndarray] = []
+    reformatter = VideoReformatter()  # kept over the frames: making one costs more than using it
+
+    def pixels(frame: Any) -> np.ndarray:
+        return reformatter.reformat(frame, format="rgb24").to_ndarray()
+
     shown = None
     start = None
     for frame in container.decode(stream):
         start = frame.time if start is None else start
         while shown is not None and len(found) < len(wanted) and wanted[len(found)] < frame.time - start:
-            found.append(shown.to_ndarray(format="rgb24"))
+            found.append(pixels(shown))
         if len(found) == len(wanted):
             break
         shown = frame
     if shown is None:
         raise ValueError("this video holds no frame")
-    return found + [shown.to_ndarray(format="rgb24")] * (len(wanted) - len(found))
+    return found + [pixels(shown)] * (len(wanted) - len(found))
 
 
 def _check_pixels(width: int, height: int, limits: DecodeLimits) -> None:

@@ -67,9 +67,9 @@ class BenchmarkSpec:
         shards: The judged split's folder below the data root.
         corpus: Split whose targets are ranked by `retrieval`; None ranks the targets of `shards`.
         train: Split that the linear probe is fitted on, for `classification`.
-        query_prompt: Template around the query's text, None for none.
-        target_prompt: Template around the target's (or the label's) text, None for none.
-        reverse: Query and target change places.
+        query_prompt: Template around text in the split's queries, None for none; it stays with them under `reverse`.
+        target_prompt: Template around text in the split's targets, and around labels, None for none.
+        reverse: Targets are judged against queries; `classification` judges the targets.
     """
 
     measure: Literal["retrieval", "similarity", "classification"]

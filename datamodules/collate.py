@@ -1,0 +1,139 @@
+"""Examples to a Batch: prompts and their dropout, the processor, and content ids for the loss's mask."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from datamodules.plan import generator
+from datamodules.processors.composed import ComposedProcessor, Inputs
+from datamodules.sample import Example, Item, Part, content_id_of_label
+from datamodules.tasks import TaskSpec, apply_prompt
+
+
+@dataclass
+class Batch:
+    """One step's examples of one task on one rank; B examples, M hard negatives of any of them.
+
+    Args:
+        task: Name of the task.
+        step: The step it was made for.
+        keys: Keys of the examples (B).
+        query, target: Model inputs (B items each).
+        query_id, target_id: Content ids (B,) int64.
+        negative: Model inputs of the hard negatives (M items), or None.
+        negative_id: Their content ids (M,) int64, or None.
+        negative_row: The example each belongs to (M,) int64, or None.
+    """
+
+    task: str
+    step: int
+    keys: list[str]
+    query: Inputs
+    target: Inputs
+    query_id: Tensor
+    target_id: Tensor
+    negative: Inputs | None = None
+    negative_id: Tensor | None = None
+    negative_row: Tensor | None = None
+
+    def to(self, device: torch.device | str, **kwargs: bool) -> Self:
+        """The batch with every tensor on a device."""
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return type(self)(**{n: v.to(device, **kwargs) if isinstance(v, Tensor | Inputs) else v for n, v in moved.items()})
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Makes batches.
+
+    Args:
+        tasks: Name to its prompts, number of hard negatives and notion of equality.
+        processor: Items to model inputs.
+        prompt_dropout: Share of queries that go without their prompt, so that inputs without it work too (Gemini Embedding 2).
+        seed: Of the dropout.
+    """
+
+    tasks: Mapping[str, TaskSpec]
+    processor: ComposedProcessor
+    prompt_dropout: float
+    seed: int
+
+    def __call__(self, task: str, step: int, examples: Sequence[Example], *, first_row: int = 0) -> Batch:
+        """The batch of a step; `first_row` is the first example's row in the global batch.
+
+        Raises:
+            ValueError: An example has no query, no target, or no label where the task compares labels.
+        """
+        spec = self.tasks[task]
+        for example in examples:
+            if example.query is None or example.target is None:
+                raise ValueError(f"task {task!r}: example {example.key!r} has no query or no target; train on a split of pairs")
+        queries = [example.query for example in examples if example.query is not None]
+        targets = [example.target for example in examples if example.target is not None]
+        dropped = (
+            generator(self.seed, "prompt dropout", step).random(first_row + len(examples))[first_row:] < self.prompt_dropout
+        )
+        negatives = [
+            (row, negative)
+            for row, example in enumerate(examples)
+            for negative in _choose(example.negatives, spec.negatives, generator(self.seed, "negatives", step, first_row + row))
+        ]
+        hard = {}
+        if negatives:
+            hard = {
+                "negative": self.processor([with_prompt(item, spec.target_prompt) for _, item in negatives]),
+                "negative_id": _ids(item.content_id for _, item in negatives),
+                "negative_row": torch.tensor([row for row, _ in negatives]),
+            }
+        return Batch(
+            task,
+            step,
+            [example.key for example in examples],
+            query=self.processor(
+                [with_prompt(item, None if drop else spec.query_prompt) for item, drop in zip(queries, dropped, strict=True)]
+            ),
+            target=self.processor([with_prompt(item, spec.target_prompt) for item in targets]),
+            query_id=_ids(item.content_id for item in queries),
+            target_id=_ids(target_id(example, spec) for example in examples),
+            **hard,
+        )
+
+
+def target_id(example: Example, spec: TaskSpec) -> int:
+    """What the loss's mask compares of a target: its content, or its label.
+
+    Raises:
+        ValueError: The task compares labels and the example has none.
+    """
+    assert example.target is not None
+    if spec.same_target == "content":
+        return example.target.content_id
+    if example.label is None:
+        raise ValueError(f"example {example.key!r} has no label, but its task says `same_target: label`")
+    return content_id_of_label(example.label)
+
+
+def with_prompt(item: Item, template: str | None) -> Item:
+    """The item with its prompt around its text; items that hold media carry none."""
+    if template is None or not item.is_text:
+        return item
+    text = "\n".join(str(part.data) for part in item.parts)
+    prompted = apply_prompt(template, text, item.title)
+    return Item((Part("text", prompted, content=prompted),))
+
+
+def _choose(negatives: tuple[Item, ...], most: int, random: object) -> list[Item]:
+    import numpy as np
+
+    assert isinstance(random, np.random.Generator)
+    if len(negatives) <= most:
+        return list(negatives)
+    return [negatives[n] for n in sorted(random.permutation(len(negatives))[:most])]
+
+
+def _ids(values: object) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,1 @@
+"""What makes data better, without a network."""

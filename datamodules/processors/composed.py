@@ -1,0 +1,218 @@
+"""Items to the inputs of a composed backbone: one interleaved sequence of tokens and places for media.
+
+A text part becomes its token ids. A medium becomes views of one size (an image one, a page a grid of tiles, a video one a frame,
+audio one a second), and in the sequence: BEGIN, `tokens_per_view` × SOFT for each view, END. These places are negative ids,
+so that any tokenizer serves unchanged; the backbone fills them with learnt boundaries and with the tower's tokens, in order.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.audio_utils import mel_filter_bank
+
+from datamodules.decode import SAMPLE_RATE, DecodeLimits
+from datamodules.sample import MEDIA_KINDS, TEXT_KINDS, Item
+
+BEGIN, SOFT, END = range(3)
+
+
+def place_id(kind: str, role: int) -> int:
+    """The negative id of a medium's BEGIN, SOFT or END."""
+    return -1 - (3 * MEDIA_KINDS.index(kind) + role)
+
+
+@dataclass
+class Inputs:
+    """Model inputs of N items, padded on the right to L tokens.
+
+    Args:
+        token_ids: (N, L) int64; negative ids are places for media, see `place_id`.
+        attention_mask: (N, L) int64, 1 on tokens and places, 0 on padding.
+        media: Kind to its views in order of appearance: uint8 (V, 3, H, W), for audio float32 (V, 1, mels, frames).
+        num_truncated: Items whose text was cut to the limit.
+    """
+
+    token_ids: Tensor
+    attention_mask: Tensor
+    media: dict[str, Tensor] = field(default_factory=dict)
+    num_truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def to(self, device: torch.device | str, **kwargs: bool) -> Self:
+        moved = {kind: views.to(device, **kwargs) for kind, views in self.media.items()}
+        token_ids, mask = self.token_ids.to(device, **kwargs), self.attention_mask.to(device, **kwargs)
+        return type(self)(token_ids, mask, moved, self.num_truncated)
+
+
+@dataclass(frozen=True)
+class ProcessorConfig:
+    """How items become inputs. Stored with every checkpoint.
+
+    Args:
+        tokenizer: Folder or hub name of a pretrained tokenizer; None trains one on the tasks' texts.
+        vocab_size: Size of the tokenizer that is trained when none is named.
+        max_text_tokens: Text tokens of an item; longer ones are cut at the end and counted.
+        view_size: Side in pixels of a view of an image, a page tile or a frame.
+        page_grid: Rows and columns of tiles that a page is cut into.
+        seconds_per_view: Seconds of sound in a view; the last one is padded with silence.
+        num_mels: Height of a spectrogram view.
+        num_frames: Width of a spectrogram view.
+        tokens_per_view: Kind of media to the number of places of one view.
+        decode: Limits of what a medium may hold, and how densely video is sampled.
+    """
+
+    tokenizer: str | None = None
+    vocab_size: int = 1024
+    max_text_tokens: int = 512
+    view_size: int = 64
+    page_grid: tuple[int, int] = (2, 1)
+    seconds_per_view: float = 1.0
+    num_mels: int = 64
+    num_frames: int = 64
+    tokens_per_view: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MEDIA_KINDS, 16))
+    decode: DecodeLimits = field(default_factory=DecodeLimits)
+
+    def __post_init__(self) -> None:
+        if set(self.tokens_per_view) != set(MEDIA_KINDS) or min(self.tokens_per_view.values()) < 1:
+            raise ValueError(
+                f"tokens_per_view is {self.tokens_per_view}; it must give a number above 0 for each of {', '.join(MEDIA_KINDS)}"
+            )
+
+
+class ComposedProcessor:
+    """Items to `Inputs`.
+
+    Args:
+        config: Sizes and limits.
+        tokenizer: A fast transformers tokenizer.
+    """
+
+    def __init__(self, config: ProcessorConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+        last = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        self.first_ids = [] if first is None else [first]
+        self.last_ids = [] if last is None else [last]
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.mel_filters = torch.tensor(
+            mel_filter_bank(
+                num_frequency_bins=257,
+                num_mel_filters=config.num_mels,
+                min_frequency=20.0,
+                max_frequency=SAMPLE_RATE / 2,
+                sampling_rate=SAMPLE_RATE,
+                mel_scale="slaney",
+                norm=None,
+            ),
+            dtype=torch.float32,
+        )
+        self.window = torch.hann_window(512)
+
+    def __call__(self, items: Sequence[Item]) -> Inputs:
+        """Inputs of decoded items.
+
+        Raises:
+            ValueError: An item comes to no token at all (an empty text under a tokenizer without begin or end).
+        """
+        rows, media, num_truncated = [], {kind: [] for kind in MEDIA_KINDS}, 0
+        for item in items:
+            ids, truncated = self._sequence(item, media)
+            num_truncated += truncated
+            if not ids:
+                raise ValueError("an item came to no token: its text is empty and the tokenizer adds no begin or end")
+            rows.append(ids)
+        longest = max(map(len, rows))
+        token_ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.int64)
+        mask = torch.zeros_like(token_ids)
+        for row, ids in enumerate(rows):
+            token_ids[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = 1
+        return Inputs(token_ids, mask, {kind: torch.cat(views) for kind, views in media.items() if views}, num_truncated)
+
+    def _sequence(self, item: Item, media: dict[str, list[Tensor]]) -> tuple[list[int], bool]:
+        """Token ids and places of one item; its views are appended to `media`."""
+        ids, room, truncated = list(self.first_ids), self.config.max_text_tokens, False
+        for part in item.parts:
+            assert part.content is not None, "decode items before processing them"
+            if part.kind in TEXT_KINDS:
+                text_ids = self.tokenizer(part.content, add_special_tokens=False)["input_ids"]
+                assert isinstance(text_ids, list)
+                truncated |= len(text_ids) > room
+                ids += text_ids[:room]
+                room -= min(room, len(text_ids))
+            else:
+                views = self.views(part.kind, part.content)
+                media[part.kind].append(views)
+                soft = [place_id(part.kind, SOFT)] * (len(views) * self.config.tokens_per_view[part.kind])
+                ids += [place_id(part.kind, BEGIN), *soft, place_id(part.kind, END)]
+        return ids + self.last_ids, truncated
+
+    def views(self, kind: str, content: np.ndarray | list[np.ndarray]) -> Tensor:
+        """The views of one decoded medium: uint8 (V, 3, size, size), for audio float32 (V, 1, mels, frames)."""
+        size = self.config.view_size
+        if kind == "audio":
+            assert isinstance(content, np.ndarray)
+            return self._spectrograms(torch.from_numpy(content))
+        if kind == "page":
+            rows, columns = self.config.page_grid
+            pages = [_resize(page, columns * size, rows * size) for page in content]
+            tiles = [
+                p[r * size : (r + 1) * size, c * size : (c + 1) * size]
+                for p in pages
+                for r in range(rows)
+                for c in range(columns)
+            ]
+            pictures = np.stack(tiles)
+        else:
+            pictures = np.stack([_resize(picture, size, size) for picture in ([content] if kind == "image" else content)])
+        return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+
+    def _spectrograms(self, wave: Tensor) -> Tensor:
+        """Log-mel spectrograms of successive spans, in decibels below full scale mapped to about [-1, 1]."""
+        config = self.config
+        span = round(config.seconds_per_view * SAMPLE_RATE)
+        num_views = -(-len(wave) // span)
+        wave = torch.nn.functional.pad(wave, (0, num_views * span - len(wave)))
+        hop = span // config.num_frames
+        spectrum = torch.stft(
+            wave.view(num_views, span),
+            n_fft=512,
+            hop_length=hop,
+            window=self.window,
+            center=True,
+            pad_mode="constant",
+            return_complex=True,
+        )
+        power = spectrum.abs().square()[:, :, : config.num_frames]
+        mel = torch.einsum("fm,vft->vmt", self.mel_filters, power)
+        return ((mel.clamp(min=1e-6).log10() + 2.0) / 4.0)[:, None]
+
+    def save(self, folder: Path) -> None:
+        """Write `processor.json` and the tokenizer's files."""
+        (folder / "processor.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """The processor that `save` wrote."""
+        values = json.loads((folder / "processor.json").read_text())
+        values["decode"] = DecodeLimits(**values["decode"])
+        values["page_grid"] = tuple(values["page_grid"])
+        return cls(ProcessorConfig(**values), AutoTokenizer.from_pretrained(folder))
+
+
+def _resize(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+    if picture.shape[:2] == (height, width):
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0))

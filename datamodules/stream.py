@@ -1,0 +1,65 @@
+"""The planned examples of a step on this rank: read through the index, verified, decoded."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from datamodules.collate import Batch, Collate
+from datamodules.decode import DecodeLimits, decode_example
+from datamodules.plan import Plan
+from datamodules.sample import Example
+from datamodules.shards import Split
+
+
+@dataclass(frozen=True)
+class Source:
+    """Reads decoded examples of a task's split; errors name the shard folder and the key."""
+
+    split: Split
+    limits: DecodeLimits
+
+    def read(self, position: int) -> Example:
+        example = self.split.read(position)
+        try:
+            return decode_example(example, self.limits)
+        except ValueError as error:
+            raise ValueError(f"{self.split.folder}: example {example.key!r} cannot be used: {error}") from error
+
+
+class StepStream(IterableDataset[Batch]):
+    """Batches of the steps from `first_step` on, for one rank, without end.
+
+    Worker w of W makes steps first_step + w, + W, ..; the loader takes from workers in turn, so the order is the plan's whatever
+    their number.
+
+    Args:
+        plan: Which examples make a step.
+        sources: Task name to its examples.
+        collate: Examples to a batch.
+        first_step: Where to begin.
+        rank: This process's place.
+        world_size: Number of processes; every task's batch size is a multiple of it.
+    """
+
+    def __init__(
+        self, plan: Plan, sources: Mapping[str, Source], collate: Collate, *, first_step: int, rank: int, world_size: int
+    ) -> None:
+        self.plan, self.sources, self.collate = plan, sources, collate
+        self.first_step, self.rank, self.world_size = first_step, rank, world_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        step, stride = (self.first_step, 1) if worker is None else (self.first_step + worker.id, worker.num_workers)
+        while True:
+            yield self.batch_of(step)
+            step += stride
+
+    def batch_of(self, step: int) -> Batch:
+        task, _ = self.plan.task_of(step)
+        positions = self.plan.positions(step)
+        each = len(positions) // self.world_size
+        mine = positions[self.rank * each : (self.rank + 1) * each]
+        return self.collate(
+            task, step, [self.sources[task].read(int(position)) for position in mine], first_row=self.rank * each
+        )

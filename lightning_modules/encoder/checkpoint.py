@@ -1,0 +1,143 @@
+"""An encoder as a folder: `encoder.json`, `model.safetensors`, the processor. Written beside its place and renamed into it."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from datamodules.processors.composed import ComposedProcessor
+from datamodules.shards import sha256_of
+from lightning_modules.encoder.composed import ComposedConfig
+from lightning_modules.encoder.embedder import Embedder, EncoderConfig
+from lightning_modules.encoder.towers import TowerConfig
+
+FORMAT = "polyphony-encoder/1"
+WEIGHTS = "model.safetensors"
+
+
+def save_encoder(folder: str | Path, encoder: Embedder, processor: ComposedProcessor, *, provenance: Mapping[str, Any]) -> None:
+    """Write an encoder's folder, replacing a former one only when the new one is whole.
+
+    Args:
+        folder: Where it will be.
+        encoder: What is saved.
+        processor: Saved with it.
+        provenance: What made it (stage, steps, parents, ..); JSON values.
+
+    Raises:
+        ValueError: A weight is not finite.
+        OSError: The disk is full or the place not writable; the former folder stays.
+    """
+    folder = Path(folder)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite; nothing was written to {folder}")
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        save_file(weights, beside / WEIGHTS)
+        processor.save(beside)
+        described = {
+            "format": FORMAT,
+            "config": dataclasses.asdict(encoder.config),
+            "provenance": dict(provenance),
+            "sha256": sha256_of(beside / WEIGHTS),
+        }
+        (beside / "encoder.json").write_text(json.dumps(described, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def load_encoder(folder: str | Path) -> tuple[Embedder, ComposedProcessor]:
+    """The encoder and its processor.
+
+    Raises:
+        ValueError: No encoder lies there, or its weights were changed.
+    """
+    folder = Path(folder)
+    encoder = Embedder(read_config(folder), load_pretrained=False)
+    load_weights(encoder, read_weights(folder), str(folder))
+    return encoder, ComposedProcessor.load(folder)
+
+
+def read_config(folder: str | Path) -> EncoderConfig:
+    """The shape of the encoder in a folder."""
+    return config_from_json(_described(Path(folder))["config"])
+
+
+def read_provenance(folder: str | Path) -> dict[str, Any]:
+    """What made the encoder in a folder, and its weights' SHA-256."""
+    described = _described(Path(folder))
+    return {**described["provenance"], "sha256": described["sha256"]}
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """The weights in a folder, checked against their SHA-256."""
+    folder = Path(folder)
+    described = _described(folder)
+    if not (folder / WEIGHTS).is_file() or sha256_of(folder / WEIGHTS) != described["sha256"]:
+        raise ValueError(
+            f"{folder / WEIGHTS} is missing or was changed after it was written; use another copy of this checkpoint"
+        )
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def load_weights(encoder: Embedder, weights: Mapping[str, Tensor], where: str) -> None:
+    """Put weights into an encoder; every tensor must be there with its shape.
+
+    Raises:
+        ValueError: A tensor is missing, left over, or of another shape; the first few are named.
+    """
+    own = encoder.state_dict()
+    wrong = [f"{n} (missing)" for n in own.keys() - weights.keys()] + [
+        f"{n} (not in the model)" for n in weights.keys() - own.keys()
+    ]
+    wrong += [
+        f"{n} ({tuple(weights[n].shape)} in the checkpoint, {tuple(own[n].shape)} in the model)"
+        for n in own.keys() & weights.keys()
+        if weights[n].shape != own[n].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"the checkpoint {where} is of another shape: {len(wrong)} tensors differ, among them {', '.join(sorted(wrong)[:3])}; "
+            "leave out model.encoder to take the checkpoint's own shape"
+        )
+    encoder.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()})
+
+
+def config_from_json(values: dict[str, Any]) -> EncoderConfig:
+    """An `EncoderConfig` from what `dataclasses.asdict` and JSON made of it."""
+    backbone = dict(values["backbone"])
+    backbone["towers"] = {name: TowerConfig(**tower) for name, tower in backbone["towers"].items()}
+    return EncoderConfig(**{**values, "backbone": ComposedConfig(**backbone), "prefixes": tuple(values["prefixes"])})
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    file = folder / "encoder.json"
+    if not file.is_file():
+        raise ValueError(
+            f"no encoder in {folder}: {file.name} is missing; name the folder that a finished run wrote, such as runs/finetune/encoder"
+        )
+    described = json.loads(file.read_text())
+    if described.get("format") != FORMAT:
+        raise ValueError(f"{file} has format {described.get('format')!r}, this version reads {FORMAT!r}")
+    return described
+
+
+def trainable(encoder: torch.nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)

@@ -1,0 +1,118 @@
+"""The composed backbone: a transformers text model over one interleaved sequence of text, picture and spectrogram tokens."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from datamodules.processors.composed import BEGIN, END, SOFT, Inputs, place_id
+from datamodules.sample import MEDIA_KINDS
+from lightning_modules.encoder.towers import Tower, TowerConfig
+
+
+@dataclass(frozen=True)
+class ComposedConfig:
+    """A text model and the towers beside it.
+
+    Args:
+        text: `model_type` and further fields of a transformers text configuration, for random weights.
+        pretrained: Folder or hub name of a pretrained text model (safetensors), instead of `text`.
+        revision: Of the hub repository.
+        towers: Name to tower.
+        routes: Kind of media (image, page, audio, video) to the name of its tower; kinds left out are refused at run time.
+        attention: transformers' attention implementation; None leaves the choice to it.
+    """
+
+    text: dict[str, Any] | None = None
+    pretrained: str | None = None
+    revision: str | None = None
+    towers: dict[str, TowerConfig] = field(default_factory=dict)
+    routes: dict[str, str] = field(default_factory=dict)
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.pretrained is None):
+            raise ValueError(
+                "a composed backbone needs either `text` (a configuration) or `pretrained` (a model), not both and not none"
+            )
+        for kind, tower in self.routes.items():
+            if kind not in MEDIA_KINDS or tower not in self.towers:
+                raise ValueError(
+                    f"route {kind}: {tower} leads nowhere; kinds: {', '.join(MEDIA_KINDS)}; towers: {', '.join(self.towers) or 'none'}"
+                )
+
+
+class ComposedBackbone(nn.Module):
+    """Inputs to token states (N, L, H), every token seeing every other.
+
+    Args:
+        config: What to build.
+        load_pretrained: False builds a pretrained text model's shape with random weights, for weights that follow from elsewhere.
+    """
+
+    def __init__(self, config: ComposedConfig, *, load_pretrained: bool = True) -> None:
+        super().__init__()
+        self.text: Any = _text_model(config, load_pretrained)
+        self.width: int = self.text.config.hidden_size
+        self.routes = dict(config.routes)
+        self.towers = nn.ModuleDict({name: Tower(tower, self.width) for name, tower in config.towers.items()})
+        self.boundaries = nn.ParameterDict({kind: nn.Parameter(torch.randn(2, self.width) * 0.02) for kind in config.routes})
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text.get_input_embeddings().num_embeddings
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        out = self.text(inputs_embeds=self.embed(inputs), attention_mask=inputs.attention_mask)
+        return out.last_hidden_state
+
+    def embed(self, inputs: Inputs) -> Tensor:
+        """The interleaved sequence before the text model (N, L, H).
+
+        Raises:
+            ValueError: A kind of media has no tower here, or a tower's tokens do not fill its places exactly.
+        """
+        ids = inputs.token_ids
+        states = self.text.get_input_embeddings()(ids.clamp(min=0))
+        for kind, views in inputs.media.items():
+            if kind not in self.routes:
+                raise ValueError(
+                    f"this encoder has no tower for {kind}; it takes text, code and {', '.join(self.routes) or 'nothing else'}"
+                )
+            tokens = self.towers[self.routes[kind]](views).flatten(0, 1)
+            places = ids == place_id(kind, SOFT)
+            if int(places.sum()) != len(tokens):
+                raise ValueError(
+                    f"the tower for {kind} makes {len(tokens)} tokens of {len(views)} views, the processor left {int(places.sum())} places; "
+                    "make data.processor.tokens_per_view and the tower's `tokens` equal"
+                )
+            states = states.masked_scatter(places[..., None], tokens.to(states.dtype))
+            for role, boundary in zip((BEGIN, END), self.boundaries[kind], strict=True):
+                states = torch.where((ids == place_id(kind, role))[..., None], boundary.to(states.dtype), states)
+        return states
+
+
+def _text_model(config: ComposedConfig, load_pretrained: bool) -> Any:
+    """A transformers text model without its causal mask; `is_causal` off is the switch that works for every decoder family."""
+    arguments = {} if config.attention is None else {"attn_implementation": config.attention}
+    if config.pretrained is not None:
+        text_config = AutoConfig.from_pretrained(config.pretrained, revision=config.revision)
+        text_config.is_causal = False
+        if load_pretrained:
+            return AutoModel.from_pretrained(
+                config.pretrained, revision=config.revision, config=text_config, use_safetensors=True, **arguments
+            )
+    else:
+        assert config.text is not None
+        fields = dict(config.text)
+        if "model_type" not in fields:
+            raise ValueError(
+                "backbone.text needs `model_type`, the transformers name of the family (qwen3, gemma3_text, bert, ..)"
+            )
+        text_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        text_config.is_causal = False
+    if hasattr(text_config, "use_cache"):
+        text_config.use_cache = False
+    return AutoModel.from_config(text_config, **arguments)

@@ -1,0 +1,116 @@
+"""Towers: views of a medium to tokens of the backbone's width, through any timm model."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """A timm model that turns views into tokens.
+
+    Args:
+        model: Name of the timm model.
+        arguments: Passed to timm (`embed_dim`, `depth`, ..).
+        stem: `timm` keeps the model's own patch embedding; `conv` replaces a ViT's by a convolutional stem of the same stride.
+        in_chans: Channels of a view: 3 for pictures, 1 for spectrograms.
+        height: Of a view.
+        width: Of a view.
+        tokens: Tokens of one view, a square number; the feature map is averaged down to them.
+        pretrained: Take timm's weights from its hub.
+    """
+
+    model: str = "vit_tiny_patch16_224"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    stem: Literal["timm", "conv"] = "timm"
+    in_chans: int = 3
+    height: int = 64
+    width: int = 64
+    tokens: int = 16
+    pretrained: bool = False
+
+    def __post_init__(self) -> None:
+        if round(self.tokens**0.5) ** 2 != self.tokens or self.tokens < 1:
+            raise ValueError(f"tower {self.model!r}: tokens is {self.tokens}; it must be a square number (1, 4, 9, 16, ..)")
+
+
+class Tower(nn.Module):
+    """(V, C, height, width) views to (V, tokens, out_width).
+
+    uint8 views are scaled to [-1, 1], others pass as they are.
+    """
+
+    def __init__(self, config: TowerConfig, out_width: int) -> None:
+        super().__init__()
+        self.side = round(config.tokens**0.5)
+        arguments = dict(config.arguments)
+        if config.model.startswith("vit") or "img_size" in arguments:
+            arguments.setdefault("img_size", (config.height, config.width))
+        if config.stem == "conv":
+            arguments["embed_layer"] = ConvStem
+        self.model: Any = timm.create_model(
+            config.model, pretrained=config.pretrained, num_classes=0, in_chans=config.in_chans, **arguments
+        )
+        self.project = nn.Linear(self.model.num_features, out_width)
+        with torch.no_grad():
+            shape = self.feature_map(torch.zeros(1, config.in_chans, config.height, config.width)).shape
+        if min(shape[2:]) < self.side:
+            raise ValueError(
+                f"tower {config.model!r} makes a {shape[2]} x {shape[3]} map of a {config.height} x {config.width} view; "
+                f"{config.tokens} tokens need at least {self.side} x {self.side}"
+            )
+
+    def forward(self, views: Tensor) -> Tensor:
+        views = views.to(self.project.weight.dtype) / 127.5 - 1.0 if views.dtype == torch.uint8 else views
+        pooled = F.adaptive_avg_pool2d(self.feature_map(views), self.side)
+        return self.project(pooled.flatten(2).transpose(1, 2))
+
+    def feature_map(self, views: Tensor) -> Tensor:
+        """The last features as (V, channels, rows, columns), whatever layout the timm model has."""
+        features = self.model.forward_features(views)
+        if features.ndim == 3:
+            patches = features[:, self.model.num_prefix_tokens :]
+            rows, columns = self.model.patch_embed.grid_size
+            return patches.transpose(1, 2).unflatten(2, (rows, columns))
+        return features if features.shape[1] == self.model.num_features else features.permute(0, 3, 1, 2)
+
+
+class ConvStem(nn.Module):
+    """Patch embedding by 3×3 convolutions of stride 2 with GroupNorm and GELU; the interface of timm's `PatchEmbed`.
+
+    From random weights a plain linear patch embedding collapsed, and BatchNorm here failed silently at test time
+    (`experiments/001_first_light`).
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        del unused  # options of timm's own patch embedding that have no meaning here
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        num_halvings = patch_size.bit_length() - 1
+        if 2**num_halvings != patch_size or height % patch_size or width % patch_size:
+            raise ValueError(
+                f"a conv stem needs a patch size that is a power of 2 and divides {height} x {width}; it is {patch_size}"
+            )
+        self.patch_size = (patch_size, patch_size)
+        self.grid_size = (height // patch_size, width // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        channels = [in_chans, *(max(16, embed_dim >> (num_halvings - 1 - n)) for n in range(num_halvings))]
+        layers: list[nn.Module] = []
+        for before, after in zip(channels, channels[1:], strict=False):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(4, after), nn.GELU()]
+        self.layers = nn.Sequential(*layers)
+        self.project = nn.Conv2d(channels[-1], embed_dim, 1)
+
+    def forward(self, views: Tensor) -> Tensor:
+        return self.project(self.layers(views)).flatten(2).transpose(1, 2)

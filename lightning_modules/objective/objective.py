@@ -1,0 +1,123 @@
+"""The objective: a named sum over terms and prefixes, `a · contrastive + b · spread-out` (`equations.md`).
+
+Letters: B examples, M hard negatives, D embedding width.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.contrastive import contrastive_loss, other_passages
+from kernels.spread_out import spread_out_loss
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised.
+
+    Args:
+        contrastive: Weight of the contrastive term.
+        spread_out: Weight of the spread-out term (EmbeddingGemma); 0 leaves it out (Gemini Embedding).
+        temperature: τ of the contrastive term. Our choice: no paper publishes it.
+        hardness: α of EmbeddingGemma's hard-negative weights; 0 switches them off.
+        negatives: Whether a query sees its `own` hard negatives (the papers) or `all`.
+        centring: Share of the run during which the batch mean is subtracted from both sides, its weight falling linearly from 1 to
+            0. Nothing of it is left afterwards. Our choice: from random weights it prevents collapse
+            (`experiments/001_first_light`); 0 switches it off, as for a pretrained backbone.
+    """
+
+    contrastive: float = 1.0
+    spread_out: float = 0.0
+    temperature: float = 0.05
+    hardness: float = 0.0
+    negatives: Literal["own", "all"] = "own"
+    centring: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.centring <= 1:
+            raise ValueError(f"objective.centring is {self.centring}; it is a share of the run and must lie in [0, 1]")
+
+
+class Objective(NamedTuple):
+    """`total`: scalar to minimise. `parts`: name to a detached scalar, for the log."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+def objective(
+    config: ObjectiveConfig,
+    query_BD: Tensor,
+    target_BD: Tensor,
+    *,
+    query_id: Tensor,
+    target_id: Tensor,
+    prefixes: tuple[int, ...],
+    progress: float,
+    negative_MD: Tensor | None = None,
+    negative_id: Tensor | None = None,
+    negative_row: Tensor | None = None,
+) -> Objective:
+    """The weighted sum of the terms over all prefixes.
+
+    Args:
+        config: Terms and their weights.
+        query_BD: Queries (B, D), any scale.
+        target_BD: Positives (B, D), any scale.
+        query_id: Content ids (B,).
+        target_id: Content ids (B,).
+        prefixes: Widths that are trained.
+        progress: Share of the run that is over, in [0, 1].
+        negative_MD: Hard negatives (M, D), any scale, or None.
+        negative_id: Their content ids (M,).
+        negative_row: The row each belongs to (M,).
+    """
+    centring = max(0.0, 1.0 - progress / config.centring) if config.centring else 0.0
+    if centring:
+        query_BD, target_BD, negative_MD = _centre(query_BD, target_BD, negative_MD, centring)
+    contrastive = contrastive_loss(
+        query_BD,
+        target_BD,
+        prefixes=prefixes,
+        temperature=config.temperature,
+        query_id=query_id,
+        passage_id=target_id,
+        negative=negative_MD,
+        negative_row=negative_row,
+        negative_id=negative_id,
+        negatives=config.negatives,
+        hardness=config.hardness,
+    )
+    total = config.contrastive * contrastive.loss
+    parts = {f"loss@{prefix}": loss for prefix, loss in zip(prefixes, contrastive.per_prefix, strict=True)}
+    if config.spread_out:
+        spread_K = spread_out_loss(query_BD, prefixes=prefixes, ids=query_id)
+        spread_K = spread_K + spread_out_loss(target_BD, prefixes=prefixes, ids=target_id)
+        total = total + config.spread_out * spread_K.sum()
+        parts |= {f"spread_out@{prefix}": loss for prefix, loss in zip(prefixes, spread_K.detach(), strict=True)}
+    return Objective(total, {"loss": total.detach(), **parts, **_health(query_BD, target_BD, query_id, target_id)})
+
+
+def _centre(query_BD: Tensor, target_BD: Tensor, negative_MD: Tensor | None, weight: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Unit vectors less `weight` times their side's batch mean; hard negatives are on the targets' side."""
+    query_BD, target_BD = F.normalize(query_BD, dim=-1), F.normalize(target_BD, dim=-1)
+    target_mean_D = target_BD.mean(0)
+    if negative_MD is not None:
+        negative_MD = F.normalize(negative_MD, dim=-1) - weight * target_mean_D
+    return query_BD - weight * query_BD.mean(0), target_BD - weight * target_mean_D, negative_MD
+
+
+@torch.no_grad()
+def _health(query_BD: Tensor, target_BD: Tensor, query_id: Tensor, target_id: Tensor) -> dict[str, Tensor]:
+    """Cosine of positives, mean cosine of the negatives that count, and the share of other pairs that the mask leaves out."""
+    cosine_BB = F.normalize(query_BD, dim=-1) @ F.normalize(target_BD, dim=-1).T
+    other_BB = other_passages(len(query_BD), len(target_BD), query_id, target_id, 0, query_BD.device)
+    num_pairs = len(query_BD) * (len(query_BD) - 1)
+    return {
+        "positive_cosine": cosine_BB.diagonal().mean(),
+        "negative_cosine": (cosine_BB * other_BB).sum() / other_BB.sum().clamp(min=1),
+        "masked_share": 1.0 - other_BB.sum() / max(num_pairs, 1),
+    }

@@ -1,0 +1,135 @@
+"""What every training stage shares: the encoder, its probe, the optimiser, the log, and the encoder's folder at the end.
+
+It holds no `training_step`: each stage writes its own, so that a stage can be read in one place.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from datamodules.collate import Batch
+from datamodules.training import TrainingData
+from lightning_modules.encoder.checkpoint import load_encoder, load_weights, read_provenance, read_weights, save_encoder, trainable
+from lightning_modules.encoder.embedder import Embedder, EncoderConfig, probe
+from lightning_modules.objective.objective import Objective, ObjectiveConfig
+from lightning_modules.optimizer import OptimizerConfig, adamw, warmup_cosine
+
+
+class Stage(L.LightningModule):
+    """A training stage around an encoder.
+
+    Args:
+        encoder: Shape of a new encoder; None takes that of `init_from`.
+        init_from: An encoder's folder to start from; None starts from the encoder's own (random or pretrained) weights.
+        objective: Terms and their weights.
+        optimizer: Learning rate and schedule.
+        prefixes: Widths that are trained; None means those of the encoder.
+        snapshot_every: Steps after which the encoder is also kept as `encoder-<step>`, for soups; None keeps the last only.
+    """
+
+    def __init__(
+        self,
+        encoder: EncoderConfig | None = None,
+        *,
+        init_from: str | None = None,
+        objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008 (frozen)
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
+        prefixes: tuple[int, ...] | None = None,
+        snapshot_every: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.init_from, self.objective_config, self.optimizer_config = init_from, objective, optimizer
+        self.snapshot_every = snapshot_every
+        if encoder is not None:
+            self.encoder = Embedder(encoder, load_pretrained=init_from is None)
+            if init_from is not None:
+                load_weights(self.encoder, read_weights(init_from), init_from)
+        elif init_from is not None:
+            self.encoder, _ = load_encoder(init_from)
+        else:
+            raise ValueError("give model.encoder (a new encoder's shape) or model.init_from (an encoder's folder)")
+        own = self.encoder.config
+        self.prefixes = own.prefixes if prefixes is None else prefixes
+        if self.prefixes[-1] > own.embedding_dim:
+            raise ValueError(f"prefix {self.prefixes[-1]} is wider than the embedding, which has {own.embedding_dim} dimensions")
+
+    @property
+    def data(self) -> TrainingData:
+        data = getattr(self.trainer, "datamodule", None)
+        assert isinstance(data, TrainingData)
+        return data
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is over, in [0, 1]."""
+        return min(1.0, self.global_step / max(1, self.trainer.max_steps))
+
+    def configure_optimizers(self) -> Any:
+        if self.trainer.max_steps < 1:
+            raise ValueError(f"trainer.max_steps is {self.trainer.max_steps}; the schedule needs the run's number of steps")
+        optimizer = adamw(self.encoder, self.optimizer_config)
+        schedule = warmup_cosine(optimizer, self.optimizer_config, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        num_tokens = len(self.data.processor.tokenizer)
+        if num_tokens > self.encoder.backbone.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {num_tokens} entries, the text model {self.encoder.backbone.vocab_size}; "
+                "make data.processor.vocab_size at most the text model's vocab_size"
+            )
+        probe(self.encoder)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        del batch, batch_idx
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        del outputs, batch_idx
+        seconds = time.perf_counter() - self._began
+        self.log(f"train/{batch.task}/examples_per_second", len(batch.keys) * self.trainer.world_size / seconds)
+        if self.snapshot_every and self.global_step % self.snapshot_every == 0 and self.global_step < self.trainer.max_steps:
+            self._save(f"encoder-{self.global_step:06d}")
+
+    def on_train_end(self) -> None:
+        self._save("encoder")
+
+    def log_objective(self, batch: Batch, out: Objective) -> Tensor:
+        """Log every part under the task's name and hand on what is minimised.
+
+        Raises:
+            ValueError: The loss is not finite; names the task, the step and the examples.
+        """
+        if not torch.isfinite(out.total):
+            raise ValueError(
+                f"the loss is {out.total.item()} at step {batch.step} of task {batch.task!r}; lower the learning rate, "
+                f"or look at the examples {', '.join(batch.keys[:8])}, .."
+            )
+        values = {f"train/{batch.task}/{name}": value for name, value in out.parts.items()}
+        truncated = sum(i.num_truncated for i in (batch.query, batch.target, batch.negative) if i is not None)
+        values[f"train/{batch.task}/truncated_items"] = torch.tensor(float(truncated))
+        values["learning_rate"] = torch.tensor(self.optimizers().param_groups[0]["lr"])  # pyright: ignore[reportAttributeAccessIssue]
+        self.log_dict(values)
+        self.log("loss", out.total.detach(), prog_bar=True, logger=False)
+        return out.total
+
+    def _save(self, name: str) -> None:
+        if self.trainer.is_global_zero:
+            provenance = {
+                "stage": type(self).__name__,
+                "steps": self.global_step,
+                "parameters": trainable(self.encoder),
+                "seed": self.data.seed,
+                "tasks": sorted(self.data.tasks),
+                "parents": [] if self.init_from is None else [{"path": self.init_from, **_sha256_only(self.init_from)}],
+            }
+            folder = Path(self.trainer.default_root_dir) / name
+            save_encoder(folder, self.encoder, self.data.processor, provenance=provenance)
+
+
+def _sha256_only(folder: str) -> dict[str, str]:
+    return {"sha256": read_provenance(folder)["sha256"]}

@@ -1,0 +1,457 @@
+"""The report page opens alone, shows what it was given and nothing else, and is never half-written."""
+
+import base64
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pypdfium2
+import pytest
+import soundfile
+from PIL import Image, ImageDraw
+from rich.console import Console
+
+from datamodules.sample import Item, Part, media_item, text_item
+from lightning_modules import report
+from lightning_modules.report import Neighbours, results_table, write_report
+
+PREFIXES = (64, 128, 256, 512, 768)
+HOSTILE = "<script>document.title='it ran'</script><img src=x onerror=\"document.title='it ran'\">"
+CODE = "def first(words: list[str]) -> str:\n\treturn words[0] if len(words) > 0 & True else '<none>'\n"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page with")
+
+
+@pytest.fixture
+def sample(tmp_path: Path) -> dict[str, Any]:
+    return make_sample(tmp_path)
+
+
+@pytest.fixture
+def page(sample: dict[str, Any], tmp_path: Path) -> Path:
+    write_report(tmp_path / "report.html", **sample)
+    return tmp_path / "report.html"
+
+
+@needs_chromium
+def test_page_opens_with_its_table_and_texts_and_no_console_message(page: Path, tmp_path: Path) -> None:
+    dom, log = open_in_chromium(page.as_uri(), tmp_path)
+    assert "CONSOLE" not in log
+    assert dom.count("<table") == 2
+    for text in ("world/text-image", "0.905", "accuracy_<wbr>probe", "a red circle on grey", "return words[0]", "20,000"):
+        assert text in dom
+
+
+@needs_chromium
+def test_page_asks_nothing_of_the_network(page: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "canary.html"
+    canary.write_text('<img src="http://127.0.0.1:45678/seen.png">')
+    open_in_chromium(canary.as_uri(), tmp_path / "canary")
+    assert requested(tmp_path / "canary") == ["http://127.0.0.1:45678/seen.png"], "the witness itself does not see requests"
+    open_in_chromium(page.as_uri(), tmp_path / "page")
+    assert requested(tmp_path / "page") == []
+
+
+def test_every_address_in_the_page_is_a_data_uri(page: Path) -> None:
+    text = page.read_text()
+    assert all(address.startswith("data:") for _, address in Page(text).addresses)
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_script_in_a_caption_is_shown_not_run(page: Path, tmp_path: Path) -> None:
+    parsed = Page(page.read_text())
+    assert "script" not in parsed.tags
+    assert not any(name.startswith("on") for name in parsed.attributes)
+    assert HOSTILE in parsed.text
+    if CHROMIUM:
+        dom, _ = open_in_chromium(page.as_uri(), tmp_path)
+        assert "<title>Polyphony &lt;b&gt; run" in dom
+        assert "&lt;script&gt;document.title" in dom
+
+
+def test_every_picture_and_player_is_embedded_and_decodes(page: Path, sample: dict[str, Any]) -> None:
+    items = [item for row in sample["neighbours"] for item in (row.query, *(found for found, _, _ in row.found))]
+    wanted = sorted((part.format, part.data) for item in items for part in item.parts if isinstance(part.data, bytes))
+    got = []
+    for tag, address in Page(page.read_text()).addresses:
+        head, _, payload = address.partition(";base64,")
+        if tag == "link":
+            continue
+        data = base64.b64decode(payload, validate=True)
+        mime = head.removeprefix("data:")
+        assert tag == {"image": "img", "application": "a"}.get(mime.split("/")[0], mime.split("/")[0])
+        got.append((decoded_format(mime, data), data))
+    assert sorted(got) == wanted
+    assert {extension for extension, _ in got} == {"jpg", "png", "webp", "flac", "ogg", "wav", "mp4", "webm", "pdf"}
+
+
+def test_nothing_half_written_stays_when_writing_fails(
+    sample: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    target = folder / "report.html"
+    target.write_text("what was there before")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(PermissionError):
+            write_report(target, **sample)
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("report.html", "what was there before")]
+    with pytest.raises(FileNotFoundError):
+        write_report(tmp_path / "missing" / "report.html", **sample)
+    with pytest.raises(IsADirectoryError):
+        write_report(folder, **sample)
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_table_numbers_equal_the_rows(page: Path, sample: dict[str, Any]) -> None:
+    cells = re.findall(
+        r'<th scope="row">([^<]+).*?<td class="metric">(.*?)</td><td>(.*?)</td>(.*?)</tr>', page.read_text(), flags=re.DOTALL
+    )
+    shown = {}
+    for benchmark, metric, chance, values in cells:
+        numbers = re.findall(r"--share: [\d.]+\">(-?[\d.]+) <small>(.*?)</small>", values)
+        for prefix, (value, ratio) in zip(PREFIXES, numbers, strict=True):
+            shown[benchmark, metric.replace("<wbr>", ""), prefix] = (chance, value, ratio)
+    assert len(shown) == len(sample["rows"])
+    for row in sample["rows"]:
+        metric = row["metric"] if row["dtype"] == "float32" else f"{row['metric']} · {row['dtype']}"
+        chance, value, ratio = shown[row["benchmark"], metric, row["prefix"]]
+        assert (chance, value) == (f"{row['chance']:.3f}", f"{row['value']:.3f}")
+        if row["chance"]:
+            assert float(ratio.removesuffix("×")) == pytest.approx(
+                row["value"] / row["chance"], rel=0.05
+            )  # 10 becomes 10, 0.1 has two digits
+        else:
+            assert ratio == ""
+
+
+def test_colour_of_a_cell_runs_from_chance_to_one() -> None:
+    assert "--share: 0.000" in report._cell(0.2, 0.2)
+    assert "--share: 0.500" in report._cell(0.6, 0.2)
+    assert "--share: 1.000" in report._cell(1.0, 0.2)
+    assert "below" in report._cell(0.1, 0.2)
+    assert "--share: 0.000" in report._cell(float("nan"), 0.2)
+
+
+def test_curves_are_drawn_for_each_task_and_run(page: Path) -> None:
+    section = page.read_text().split('<section id="curves">')[1].split("</section>")[0]
+    figures = section.split("<figure>")[1:]
+    assert [figure.split("<b>")[1].split("</b>")[0] for figure in figures] == [
+        "world/text-image",
+        "code/text-code",
+        "sound/text-audio",
+    ]
+    for figure in figures:
+        loss, cosine = figure.split("<svg ")[1:]
+        assert loss.count('class="line faint"') == loss.count('class="line "') == 2
+        assert cosine.count('class="line dashed"') == cosine.count('class="line "') == 2
+        assert "step</text>" in loss
+        assert ">loss</text>" in loss
+    for points in re.findall(r'points="(.*?)"', section):
+        places = [tuple(map(float, place.split(","))) for place in points.split()]
+        assert 10 < len(places) <= report.MAX_POINTS
+        assert all(48 <= x <= 340 and 26 <= y <= 146 for x, y in places)
+
+
+def test_smoothing_keeps_a_straight_line_and_the_first_and_last_step() -> None:
+    raw, mean = report._smoothed([(step, 3.0) for step in range(1000)], 0, "")
+    assert [raw.points[0][0], raw.points[-1][0]] == [0, 999]
+    assert np.allclose([value for _, value in mean.points], 3.0, rtol=1e-12)
+
+
+def test_losses_that_are_not_finite_are_said(sample: dict[str, Any], tmp_path: Path) -> None:
+    log = tmp_path / "diverged.csv"
+    log.write_text("step,train/a/b/loss\n0,1.5\n1,nan\n2,inf\n")
+    write_report(tmp_path / "report.html", **dict(sample, curves={"diverged": log}))
+    text = (tmp_path / "report.html").read_text()
+    assert "diverged: 2 losses are not finite" in text
+    assert not re.search(r"\b(nan|inf)\b", text.split("</style>")[1])
+
+
+def test_empty_curves_and_neighbours_drop_their_sections(sample: dict[str, Any], tmp_path: Path) -> None:
+    write_report(tmp_path / "report.html", **dict(sample, curves={}, neighbours=[]))
+    text = (tmp_path / "report.html").read_text()
+    assert re.findall(r'<section id="(\w+)"', text) == ["scores", "prefixes"]
+
+
+def test_only_so_many_queries_and_found_items_are_shown(sample: dict[str, Any], tmp_path: Path) -> None:
+    found = tuple((text_item(f"found {rank}"), 0.5, False) for rank in range(9))
+    many = [Neighbours("world/text-text", text_item(f"asked {number}"), found) for number in range(12)]
+    write_report(tmp_path / "report.html", **dict(sample, neighbours=many))
+    text = (tmp_path / "report.html").read_text()
+    assert len(re.findall(r"asked \d", text)) == 8
+    assert len(re.findall(r"found \d", text)) == 8 * 5
+    assert "8 of 12 queries" in text
+
+
+def test_media_too_large_for_a_page_are_named(sample: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "MAX_MEDIA_BYTES", 0)
+    write_report(tmp_path / "report.html", **sample)
+    text = (tmp_path / "report.html").read_text()
+    assert "base64" not in text
+    assert re.search(r"video, webm, \d+ KiB: too large for this page", text)
+
+
+def test_a_log_without_steps_is_refused(sample: dict[str, Any], tmp_path: Path) -> None:
+    log = tmp_path / "other.csv"
+    log.write_text("epoch,train/a/b/loss\n0,1.5\n")
+    with pytest.raises(ValueError, match="has no column `step`"):
+        write_report(tmp_path / "report.html", **dict(sample, curves={"other": log}))
+
+
+def test_relevant_items_are_outlined_and_marked_with_a_word(sample: dict[str, Any], page: Path) -> None:
+    num_relevant = sum(is_relevant for row in sample["neighbours"] for _, _, is_relevant in row.found)
+    text = page.read_text()
+    assert text.count('class="item relevant"') == text.count("<b>relevant</b>") == num_relevant
+
+
+def test_terminal_table_shows_headlines_or_all_metrics(sample: dict[str, Any]) -> None:
+    assert [column.header for column in results_table(sample["rows"]).columns] == [
+        "task",
+        "metric",
+        "chance",
+        *map(str, PREFIXES),
+    ]
+    headlines, everything = (printed(results_table(sample["rows"], all_metrics=flag)) for flag in (False, True))
+    assert "recall@1 " in headlines
+    assert "ndcg@10" not in headlines
+    assert "0.905" in headlines
+    assert "ndcg@10" in everything
+
+
+def test_no_rows_and_repeated_rows_are_refused(sample: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no results to report"):
+        write_report(tmp_path / "report.html", **dict(sample, rows=[]))
+    with pytest.raises(ValueError, match="no results to report"):
+        results_table([])
+    with pytest.raises(ValueError, match="two rows give recall@1"):
+        results_table([sample["rows"][0]] * 2)
+    assert not (tmp_path / "report.html").exists()
+
+
+def make_sample(folder: Path) -> dict[str, Any]:
+    """A run as it comes: nine benchmarks, two runs with three tasks, neighbours of every modality."""
+    return {
+        "title": "Polyphony <b> run",
+        "rows": make_rows(),
+        "curves": {run: make_log(folder / f"{run}.csv", seed) for seed, run in enumerate(("hard negatives", "baseline"))},
+        "neighbours": make_neighbours(),
+        "facts": {
+            "date": "2025-01-31",
+            "steps": "20,000",
+            "wall seconds": "5,412",
+            "parameters": "310.4 M",
+            "checkpoint": "a&b.ckpt",
+        },
+    }
+
+
+def make_rows() -> list[dict]:
+    ceilings = {
+        "text-image": 0.93,
+        "image-text": 0.91,
+        "text-code": 0.88,
+        "text-audio": 0.71,
+        "text-video": 0.64,
+        "text-page": 0.83,
+    }
+    rows = []
+    for task, ceiling in ceilings.items():
+        metrics = {"recall@1": 1.0, "recall@5": 1.05, "recall@10": 1.07, "mrr@10": 1.02, "ndcg@10": 1.03}
+        for metric, factor in metrics.items():
+            rows += make_curve(f"world/{task}", metric, ceiling * factor, 0.001 * int(metric.rpartition("@")[2]))
+    rows += make_curve("world/text-image", "recall@1", 0.9, 0.005, dtype="int8")
+    rows += make_curve("sts/sentences", "spearman", 0.81, 0.0)
+    rows += make_curve("labels/sounds", "accuracy_zero_shot", 0.62, 0.1)
+    rows += make_curve("labels/sounds", "accuracy_probe", 0.84, 0.1)
+    rows += make_curve("labels/untrained", "accuracy_zero_shot", 0.09, 0.1)
+    rows[0]["value"] = 0.905
+    return rows
+
+
+def make_curve(benchmark: str, metric: str, ceiling: float, chance: float, dtype: str = "float32") -> list[dict]:
+    shared = {"benchmark": benchmark, "metric": metric, "dtype": dtype, "chance": chance, "num_queries": 1000}
+    values = (min(ceiling * (1 - 6 / prefix), 1) for prefix in PREFIXES)
+    return [shared | {"prefix": p, "value": v, "num_candidates": 1000} for p, v in zip(PREFIXES, values, strict=True)]
+
+
+def make_log(path: Path, seed: int) -> Path:
+    """A sparse metrics.csv: one row per task and step, one for the learning rate."""
+    noise = np.random.default_rng(seed)
+    tasks = {"world/text-image": 4.2, "code/text-code": 3.1, "sound/text-audio": 4.9}
+    names = ("loss", "loss@64", "positive_cosine", "negative_cosine", "masked_share", "examples_per_second")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", "learning_rate", *(f"train/{task}/{name}" for task in tasks for name in names)])
+        writer.writeheader()
+        for step in range(0, 20_001, 40):
+            writer.writerow({"step": step, "learning_rate": 1e-4})
+            for task, start in tasks.items():
+                left = np.exp(-step / (3000 + 900 * seed))
+                values = (0.3 + start * left, 0.5 + start * left, 0.82 - 0.5 * left, 0.08 + 0.2 * left, 0.01, 900)
+                noisy = (value * noise.normal(1, 0.06) for value in values)
+                writer.writerow({"step": step} | {f"train/{task}/{name}": v for name, v in zip(names, noisy, strict=True)})
+    return path
+
+
+def make_neighbours() -> list[Neighbours]:
+    pictures = [
+        media_item("image", picture(hue), extension) for hue, extension in enumerate(("jpg", "png", "webp", "jpg", "png"))
+    ]
+    sounds = [
+        media_item("audio", sound(extension, 220 * n), extension) for n, extension in enumerate(("flac", "ogg", "wav"), start=1)
+    ]
+    films = [media_item("video", film(extension), extension) for extension in ("mp4", "webm")]
+    pages = [media_item("page", page_image(extension), extension) for extension in ("webp", "png", "pdf")]
+    mixed = Item(
+        (Part("text", "What is drawn here, and what is said?"), pictures[0].parts[0], sounds[1].parts[0]), title="Both"
+    )
+    texts = [
+        "a red circle on grey",
+        HOSTILE,
+        "two blue squares, the left one larger " * 8,
+        "naïve café – 東京 ∑",
+        "a green shape",
+    ]
+    captions = [text_item(text) for text in texts]
+    code = [text_item(CODE, kind="code"), text_item("for (int i = 0; i < n; ++i) sum += i;", kind="code")]
+    return [
+        Neighbours("world/text-image", captions[0], ranked(pictures, relevant=0)),
+        Neighbours("world/text-image", captions[2], ranked(pictures[::-1], relevant=2)),
+        Neighbours("world/image-text", pictures[1], ranked(captions, relevant=1)),
+        Neighbours("code/text-code", text_item("the first word of a list"), ranked(code, relevant=0)),
+        Neighbours("sound/text-audio", text_item("a low hum"), ranked(sounds, relevant=1)),
+        Neighbours("world/text-video", text_item("a bar that wanders to the right"), ranked(films, relevant=0)),
+        Neighbours("world/text-page", text_item("revenue by quarter"), ranked(pages, relevant=2)),
+        Neighbours("world/mixed-mixed", mixed, ranked([mixed, pages[0], captions[4]], relevant=0)),
+    ]
+
+
+def ranked(items: list[Item], relevant: int) -> tuple[tuple[Item, float, bool], ...]:
+    return tuple((item, 0.91 - 0.07 * rank, rank == relevant) for rank, item in enumerate(items))
+
+
+def picture(seed: int) -> bytes:
+    """A disc on a ground, in the format of its place in the sample."""
+    image = Image.new("RGB", (240, 180), (205, 205, 200))
+    colour = [(196, 60, 50), (50, 90, 180), (60, 140, 80), (210, 160, 50), (120, 70, 150)][seed]
+    ImageDraw.Draw(image).ellipse((20 + 20 * seed, 20, 150 + 20 * seed, 150), fill=colour)
+    return saved(image, ("JPEG", "PNG", "WEBP", "JPEG", "PNG")[seed])
+
+
+def page_image(format: str) -> bytes:
+    image = Image.new("RGB", (300, 400), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((30, 30), "Revenue by quarter", fill="black", font_size=22)
+    for line in range(12):
+        draw.line((30, 90 + 22 * line, 260 - 9 * (line % 4), 90 + 22 * line), fill=(120, 120, 120), width=5)
+    return saved(image, format.upper())
+
+
+def saved(image: Image.Image, format: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format)
+    return buffer.getvalue()
+
+
+def sound(format: str, hertz: float) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, 0.3 * np.sin(2 * np.pi * hertz * np.arange(16_000) / 16_000), 16_000, format=format.upper())
+    return buffer.getvalue()
+
+
+def film(format: str) -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=format) as container:
+        stream = container.add_stream({"mp4": "libx264", "webm": "libvpx"}[format], rate=8)
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        for number in range(8):
+            pixels = np.full((120, 160, 3), 60, np.uint8)
+            pixels[:, 20 * number : 20 * number + 20] = (200, 120, 60)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def decoded_format(mime: str, data: bytes) -> str:
+    """The file extension that belongs to `data`, which must decode as its MIME type says."""
+    family, subtype = mime.split("/")
+    match family:
+        case "image":
+            with Image.open(io.BytesIO(data), formats=(subtype,)) as image:
+                image.load()
+        case "audio":
+            with soundfile.SoundFile(io.BytesIO(data)) as file:
+                assert file.format.lower() == subtype
+                assert len(file.read()) == 16_000
+        case "video":
+            with av.open(io.BytesIO(data), "r", format={"webm": "matroska"}.get(subtype, subtype)) as container:
+                assert len(list(container.decode(video=0))) == 8
+        case _:
+            assert len(pypdfium2.PdfDocument(data)) == 1
+    return {"jpeg": "jpg"}.get(subtype, subtype)
+
+
+def printed(table: object) -> str:
+    console = Console(width=200, file=io.StringIO())
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+class Page(HTMLParser):
+    """What a reader of the page's source meets: tags, attributes, addresses that a browser would follow, plain text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.addresses: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes.update(name for name, _ in attrs)
+        followed = ("src", "href", "data", "poster", "srcset", "action")
+        self.addresses += [(tag, value or "") for name, value in attrs if name in followed]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def open_in_chromium(address: str, folder: Path) -> tuple[str, str]:
+    """The page's DOM after loading and what Chromium wrote to its log; its network log lies in `folder`."""
+    folder.mkdir(exist_ok=True)
+    quiet = ("quic", "background-networking", "component-update", "sync", "default-apps", "extensions")
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--enable-logging=stderr"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # the browser's own errands stay on this machine too
+    command += [f"--disable-{name}" for name in quiet]
+    command += [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={folder / 'network.json'}", "--dump-dom", address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def requested(folder: Path) -> list[str]:
+    """Addresses on the network that the page, not the browser for its own ends, asked for."""
+    log = json.loads((folder / "network.json").read_text())
+    started = log["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
+    jobs = [event.get("params", {}) for event in log["events"] if event["type"] == started]
+    addresses = [job["url"] for job in jobs if job.get("initiator", "not an origin") != "not an origin"]
+    return [address for address in addresses if not address.startswith(("file:", "data:"))]
