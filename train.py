@@ -10,12 +10,14 @@ are the same run. `python train.py` lists the stages, `python train.py conf=fine
 import importlib
 import importlib.metadata
 import inspect
+import logging
 import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentError, ArgumentParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -71,8 +73,9 @@ def parse_command_line(arguments: list[str]) -> tuple[Path | None, list[str], bo
 
 def stages() -> list[str]:
     """Configurations that say what runs."""
-    files = (path for path in CONF.rglob("*.yaml") if any(line.startswith("run:") for line in path.read_text().splitlines()))
-    return sorted(str(path.relative_to(CONF).with_suffix("")) for path in files)
+    return sorted(
+        str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml") if "run" in _with_includes(path, ())
+    )
 
 
 def compose(conf: Path, overrides: list[str], *, resolve: bool = True) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def compose(conf: Path, overrides: list[str], *, resolve: bool = True) -> dict[s
         merged = OmegaConf.merge(_with_includes(conf, ()), OmegaConf.from_dotlist(overrides))
         missing = OmegaConf.missing_keys(merged) if resolve else ()
         if missing:
-            raise ValueError(f"{conf.name} needs a value for {', '.join(sorted(missing))}; add key=value to the command")
+            raise ValueError(f"{conf} needs a value for {', '.join(sorted(missing))}; add key=value to the command")
         config = OmegaConf.to_container(merged, resolve=resolve)
     except OmegaConfBaseException as error:
         raise ValueError(f"{conf}: {str(error).splitlines()[0]}") from error
@@ -96,7 +99,9 @@ def compose(conf: Path, overrides: list[str], *, resolve: bool = True) -> dict[s
 
 def _with_includes(path: Path, above: tuple[Path, ...]) -> DictConfig:
     if path in above or not path.is_file():
-        raise ValueError(f"{above[-1] if above else path} includes {path}, which {'includes it' if path in above else 'does not exist'}")
+        raise ValueError(
+            f"{above[-1] if above else path} includes {path}, which {'includes it' if path in above else 'does not exist'}"
+        )
     try:
         own = OmegaConf.load(path)
     except Exception as error:  # YAML's own errors name line and column
@@ -138,34 +143,31 @@ def fit(stage: type, config: dict[str, Any], wants_help: bool) -> None:
 
     from datamodules.training import TrainingData
 
+    class StageCLI(LightningCLI):
+        def before_fit(self) -> None:
+            keep_config(Path(self.trainer.default_root_dir), resolved)
+
+    resolved = OmegaConf.to_yaml(OmegaConf.create(config))  # before the parser puts its own objects into it
+    sys.argv = sys.argv[:1]  # everything is in `arguments`; the CLI warns when both are there
     arguments: Any = ["fit", "--help"] if wants_help else {"subcommand": "fit", "fit": config}
-    if not wants_help:
-        _keep(config)
-    LightningCLI(stage, TrainingData, args=arguments, save_config_callback=None, parser_kwargs=_parser_settings(), trainer_defaults=None)
+    StageCLI(stage, TrainingData, args=arguments, save_config_callback=None, parser_kwargs={"exit_on_error": wants_help})
 
 
 def call(function: Any, config: dict[str, Any], wants_help: bool) -> None:
     """Call a function stage with its arguments from the configuration."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(**_parser_settings())
+    parser = ArgumentParser(prog=f"train.py conf={function.__name__}", exit_on_error=wants_help)
     parser.add_function_arguments(function)
     if wants_help:
         parser.parse_args(["--help"])
     function(**parser.instantiate(parser.parse_object(config)).as_dict())
 
 
-def _keep(config: dict[str, Any]) -> None:
+def keep_config(run: Path, resolved: str) -> None:
     """Write the resolved configuration beside the run's checkpoints."""
-    run = Path((config.get("trainer") or {}).get("default_root_dir") or ".")
     run.mkdir(parents=True, exist_ok=True)
     beside = run / f".config.yaml.{os.getpid()}.partial"
-    beside.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    beside.write_text(resolved)
     beside.replace(run / "config.yaml")
-
-
-def _parser_settings() -> dict[str, Any]:
-    return {"exit_on_error": False}
 
 
 def _refuse_shadowed_kernels() -> None:
@@ -174,12 +176,42 @@ def _refuse_shadowed_kernels() -> None:
         version = importlib.metadata.version("kernels")
     except importlib.metadata.PackageNotFoundError:
         return
-    raise ValueError(f"the package `kernels` {version} is installed and clashes with this project's kernels/; pip uninstall kernels")
+    raise ValueError(
+        f"the package `kernels` {version} is installed and clashes with this project's kernels/; pip uninstall kernels"
+    )
+
+
+def _quiet_libraries() -> None:
+    """Keep what a person cannot act on off the screen."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # advertisements among others
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 uses what torch 2.15 deprecates
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # two cores have no use for many
+
+
+def clear_message(error: Exception) -> str:
+    """What went wrong in one line, the parser's nested report joined, with the keys that would have been accepted."""
+    text = str(error) or repr(error)
+    if "Traceback" in text:  # from a loader's worker: the error itself is the last line
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    noise = ("Given value", "Subtypes:", "Errors:", "Does not validate", "- Expected a <class 'NoneType'>")
+    lines = [line.strip().removeprefix("- ") for line in text.splitlines() if not line.strip().startswith(noise)]
+    classes = [
+        line.partition("class_path ")[2].strip("':") for line in lines if line.startswith("Problem with given class_path")
+    ]
+    message = " ".join(line for line in lines if line and not line.startswith("Problem with given class_path"))
+    if classes and "is not accepted" in message:
+        module, _, name = classes[-1].rpartition(".")
+        message += f"; accepted: {', '.join(inspect.signature(getattr(importlib.import_module(module), name)).parameters)}"
+    elif "not accept" in message:
+        message += "; --help lists what is accepted"
+    return message.replace("Parser key ", "")
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
+    _quiet_libraries()
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError, TypeError) as error:
-        raise
+    except (ValueError, OSError, ArgumentError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        sys.exit(f"error: {clear_message(error)}\n(TRACEBACK=1 in the environment shows where)")

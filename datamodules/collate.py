@@ -1,10 +1,11 @@
 """Examples to a Batch: prompts and their dropout, the processor, and content ids for the loss's mask."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,10 +41,14 @@ class Batch:
     negative_id: Tensor | None = None
     negative_row: Tensor | None = None
 
-    def to(self, device: torch.device | str, **kwargs: bool) -> Self:
+    def to(self, device: torch.device | str) -> Self:
         """The batch with every tensor on a device."""
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return type(self)(**{n: v.to(device, **kwargs) if isinstance(v, Tensor | Inputs) else v for n, v in moved.items()})
+        moved = {
+            field.name: value.to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor | Inputs)
+        }
+        return dataclasses.replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -126,14 +131,12 @@ def with_prompt(item: Item, template: str | None) -> Item:
     return Item((Part("text", prompted, content=prompted),))
 
 
-def _choose(negatives: tuple[Item, ...], most: int, random: object) -> list[Item]:
-    import numpy as np
-
-    assert isinstance(random, np.random.Generator)
+def _choose(negatives: tuple[Item, ...], most: int, random: np.random.Generator) -> list[Item]:
+    """At most so many, without a preference, in their order."""
     if len(negatives) <= most:
         return list(negatives)
     return [negatives[n] for n in sorted(random.permutation(len(negatives))[:most])]
 
 
-def _ids(values: object) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.int64)  # pyright: ignore[reportArgumentType]
+def _ids(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)

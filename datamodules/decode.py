@@ -136,7 +136,7 @@ def decode_video(data: bytes, format: str, limits: DecodeLimits) -> np.ndarray:
     """MP4 or WebM to uint8 (T, H, W, 3): frames at the middles of T equal spans of the clip."""
     if format not in VIDEO_FORMATS:
         raise ValueError(f"video format {format!r} is not read; allowed: {', '.join(VIDEO_FORMATS)}")
-    with av.open(io.BytesIO(data), format=VIDEO_FORMATS[format]) as container:
+    with av.open(io.BytesIO(data), mode="r", format=VIDEO_FORMATS[format]) as container:
         if not container.streams.video:
             raise ValueError("this file has no video stream")
         stream = container.streams.video[0]

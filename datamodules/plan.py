@@ -1,8 +1,9 @@
 """Which task and which examples make step t: a pure function of (seed, step).
 
-Every block of `steps_per_block` steps holds each task its largest-remainder share of them, in a seeded order. A task's j-th batch
-takes positions [jB, (j+1)B) of the endless sequence permutation(epoch 0), permutation(epoch 1), ..: every example once per task
-epoch, no tail dropped. Ranks agree without talking, workers change nothing, and the state of a run's data is one integer.
+Every block of `steps_per_block` steps holds each task its largest-remainder share of them, in a seeded order. A task's j-th
+batch takes positions [jB, (j+1)B) of the endless sequence permutation(epoch 0), permutation(epoch 1), ..: every example once
+per task epoch, no tail dropped. Ranks agree without talking, workers change nothing, and the state of a run's data is one
+integer.
 """
 
 import zlib

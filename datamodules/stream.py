@@ -30,8 +30,8 @@ class Source:
 class StepStream(IterableDataset[Batch]):
     """Batches of the steps from `first_step` on, for one rank, without end.
 
-    Worker w of W makes steps first_step + w, + W, ..; the loader takes from workers in turn, so the order is the plan's whatever
-    their number.
+    Worker w of W makes steps first_step + w, + W, ..; the loader takes from workers in turn, so the order is the plan's
+    whatever their number.
 
     Args:
         plan: Which examples make a step.

@@ -41,7 +41,7 @@ GREY = (150, 150, 150)
 NUM_FRAMES = 4
 STEP_PIXELS = 16  # no multiple of it below 64 maps the grid onto itself: the frames differ
 SLOT_SAMPLES = SAMPLE_RATE // 3
-MARKER_HERTZ = (5600.0, 6600.0, 7600.0)  # above the highest partial, 3 × 1760 Hz
+MARKER_HERTZ = (5600.0, 6600.0, 7600.0)  # above the highest partial, 2 × 2400 Hz
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def sound(scene: Scene) -> np.ndarray:
     """One second in three slots, an object in each: float64 (16000,) at 16 kHz in [-1, 1].
 
     Colour is pitch. Shape is voice: a circle holds its pitch, a triangle rises, a cross falls, a star trembles, a square
-    adds overtones. A large object has a companion an octave below, and the rhythm pulses through all of it. A high
+    adds its octave. A large object has a companion an octave below, and the rhythm pulses through all of it. A high
     marker tells the cell: its frequency the row, the third of the slot in which it sounds the column.
     """
     wave = np.zeros(SAMPLE_RATE)
@@ -157,16 +157,16 @@ def _fill_table_row(row: np.ndarray, thing: SceneObject) -> None:
 def _voice(shape: str, colour: str, size: str, rhythm: str) -> np.ndarray:
     """A slot's sound without its marker: float64 (SLOT_SAMPLES,)."""
     seconds = np.arange(SLOT_SAMPLES) / SAMPLE_RATE
-    bend = np.ones(SLOT_SAMPLES)  # stays within half the step between two pitches, a factor of 1.16
+    bend = np.ones(SLOT_SAMPLES)  # stays within half the step between two pitches, a factor of 1.14
     if shape in ("triangle", "cross"):
         bend += np.linspace(-0.13, 0.13, SLOT_SAMPLES) * (1 if shape == "triangle" else -1)
     elif shape == "star":
         bend += 0.12 * np.sin(2 * np.pi * 9 * seconds)
-    pitch = 220.0 * 8 ** (list(COLOURS).index(colour) / (len(COLOURS) - 1))
+    pitch = 400.0 * 6 ** (list(COLOURS).index(colour) / (len(COLOURS) - 1))
     phase = 2 * np.pi * np.cumsum(pitch * bend) / SAMPLE_RATE
     wave = np.sin(phase)
     if shape == "square":
-        wave += 0.6 * np.sin(2 * phase) + 0.5 * np.sin(3 * phase)
+        wave += 0.7 * np.sin(2 * phase)
     if size == "large":
         wave += 0.8 * np.sin(phase / 2)
     pulses = 0.2 + 0.8 * np.sin(np.pi * RHYTHMS[rhythm] * seconds) ** 2

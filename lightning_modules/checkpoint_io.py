@@ -26,7 +26,9 @@ class AtomicCheckpointIO(CheckpointIO):
         except BaseException as error:
             beside.unlink(missing_ok=True)
             if isinstance(error, RuntimeError):  # torch's zip writer hides the system's error
-                raise OSError(f"could not write the checkpoint {path} ({error}); is the disk full? The former one is kept") from error
+                raise OSError(
+                    f"could not write the checkpoint {path} ({error}); is the disk full? The former one is kept"
+                ) from error
             raise
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

@@ -174,7 +174,9 @@ class Judge:
             example = split.read(position)
             for key, grade in (example.relevant or {}).items():
                 if key not in row_of:
-                    raise ValueError(f"{split.folder}: query {example.key!r} names document {key!r}, which {spec.corpus} does not hold")
+                    raise ValueError(
+                        f"{split.folder}: query {example.key!r} names document {key!r}, which {spec.corpus} does not hold"
+                    )
                 if grade > 0:
                     yield query, candidates.place_of_row[row_of[key]]
 
@@ -187,7 +189,9 @@ class Judge:
             raise ValueError(f"benchmark {name!r}: {split.folder} has examples without a score")
         judged = Judged(name, len(left), len(right))
         for width in widths:
-            values = metrics.similarity((cut(left, width) * cut(right, width)).sum(-1), torch.tensor(scores, dtype=torch.float64))
+            values = metrics.similarity(
+                (cut(left, width) * cut(right, width)).sum(-1), torch.tensor(scores, dtype=torch.float64)
+            )
             judged.add(width, values, {"spearman": 0.0})
         return judged
 
@@ -200,7 +204,7 @@ class Judge:
         classes = sorted(set(train_labels) | set(labels))
         number = {label: n for n, label in enumerate(classes)}
         label_vectors = self._embed_items([text_item(label.replace("_", " ")) for label in classes], spec.target_prompt)
-        chance = dict.fromkeys(("accuracy_probe", "accuracy_zero_shot"), 1 / len(classes))
+        chance: dict[str, float] = {"accuracy_probe": 1 / len(classes), "accuracy_zero_shot": 1 / len(classes)}
         judged = Judged(name, len(judged_vectors), len(classes))
         for width in widths:
             values = metrics.classification(
@@ -224,7 +228,9 @@ class Judge:
     def _check_modality(self, name: str, side: int, item: Item) -> None:
         stated = modalities_of(name)[side]
         if item.modality != stated:
-            raise ValueError(f"benchmark {name!r} says {stated} for its {('queries', 'targets')[side]}, but its shards hold {item.modality}")
+            raise ValueError(
+                f"benchmark {name!r} says {stated} for its {('queries', 'targets')[side]}, but its shards hold {item.modality}"
+            )
 
     def _split(self, folder: str) -> Split:
         if folder not in self._splits:
@@ -332,7 +338,8 @@ def _shown(
         best = score_QC[query].topk(min(NUM_SHOWN_NEIGHBOURS, score_QC.shape[1]))
         items = target_items([candidates.first_row[int(c)] for c in best.indices])
         found = tuple(
-            (item, float(score), bool(relevant_QC[query, c])) for item, score, c in zip(items, best.values, best.indices, strict=True)
+            (item, float(score), bool(relevant_QC[query, c]))
+            for item, score, c in zip(items, best.values, best.indices, strict=True)
         )
         shown.append(Neighbours(name, query_items([queries.first_row[query]])[0], found))
     return shown
@@ -344,6 +351,8 @@ def _curves(runs: list[str]) -> dict[str, Path]:
     for run in runs:
         found = sorted(Path(run).glob("logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
         if not found:
-            raise ValueError(f"no curves in {run}: it has no logs/version_*/metrics.csv; name folders of training runs in `runs`")
+            raise ValueError(
+                f"no curves in {run}: it has no logs/version_*/metrics.csv; name folders of training runs in `runs`"
+            )
         curves[Path(run).name] = found[-1]
     return curves

@@ -24,4 +24,4 @@ class FineTune(Stage):
             negative_id=batch.negative_id,
             negative_row=batch.negative_row,
         )
-        return self.log_objective(batch, out)
+        return self.minimised(batch, out)

@@ -1,4 +1,4 @@
-"""Measures of embeddings and what chance would give. Measured with torchmetrics; chance is the exact expectation of a random order.
+"""Measures of embeddings, by torchmetrics, and what chance would give: the exact expectation over random orders.
 
 Letters: Q queries, C candidates.
 """

@@ -27,7 +27,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or not 0 <= self.warmup < 1:
-            raise ValueError(f"learning_rate is {self.learning_rate}, warmup {self.warmup}; allowed: above 0, and a share in [0, 1)")
+            raise ValueError(
+                f"learning_rate is {self.learning_rate}, warmup {self.warmup}; allowed: above 0, and a share in [0, 1)"
+            )
 
 
 def adamw(module: nn.Module, config: OptimizerConfig) -> Optimizer:

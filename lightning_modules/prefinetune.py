@@ -21,4 +21,4 @@ class PreFineTune(Stage):
             prefixes=self.prefixes,
             progress=self.progress,
         )
-        return self.log_objective(batch, out)
+        return self.minimised(batch, out)

@@ -64,7 +64,12 @@ def soup(
         shares = _normalised(weights if weights is not None else [1.0] * len(checkpoints), len(checkpoints))
     load_weights(encoder, average(ingredients, shares), "soup")
     parents = [
-        {"path": folder, "sha256": read_provenance(folder)["sha256"], "weight": share, **({"score": scores[folder]} if scores else {})}
+        {
+            "path": folder,
+            "sha256": read_provenance(folder)["sha256"],
+            "weight": share,
+            **({"score": scores[folder]} if scores else {}),
+        }
         for folder, share in zip(checkpoints, shares, strict=True)
     ]
     save_encoder(out, encoder.cpu(), processor, provenance={"stage": "soup", "method": method, "parents": parents})
@@ -90,7 +95,9 @@ def average(ingredients: list[dict[str, Tensor]], shares: list[float]) -> dict[s
 
 def _normalised(weights: list[float], num_checkpoints: int) -> list[float]:
     if len(weights) != num_checkpoints or min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(f"weights are {weights} for {num_checkpoints} checkpoints; give one number of at least 0 for each, not all 0")
+        raise ValueError(
+            f"weights are {weights} for {num_checkpoints} checkpoints; give one number of at least 0 for each, not all 0"
+        )
     return [weight / sum(weights) for weight in weights]
 
 
@@ -118,4 +125,6 @@ def _greedy(
 def _check_same_tokenizer(first: str, other: str) -> None:
     one, two = (Path(folder) / "tokenizer.json" for folder in (first, other))
     if one.read_bytes() != two.read_bytes():
-        raise ValueError(f"{first} and {other} have different tokenizers; only runs that began from the same encoder can be averaged")
+        raise ValueError(
+            f"{first} and {other} have different tokenizers; only runs that began from the same encoder can be averaged"
+        )

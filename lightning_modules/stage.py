@@ -13,7 +13,14 @@ from torch import Tensor
 
 from datamodules.collate import Batch
 from datamodules.training import TrainingData
-from lightning_modules.encoder.checkpoint import load_encoder, load_weights, read_provenance, read_weights, save_encoder, trainable
+from lightning_modules.encoder.checkpoint import (
+    load_encoder,
+    load_weights,
+    read_provenance,
+    read_weights,
+    save_encoder,
+    trainable,
+)
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig, probe
 from lightning_modules.objective.objective import Objective, ObjectiveConfig
 from lightning_modules.optimizer import OptimizerConfig, adamw, warmup_cosine
@@ -55,7 +62,9 @@ class Stage(L.LightningModule):
         own = self.encoder.config
         self.prefixes = own.prefixes if prefixes is None else prefixes
         if self.prefixes[-1] > own.embedding_dim:
-            raise ValueError(f"prefix {self.prefixes[-1]} is wider than the embedding, which has {own.embedding_dim} dimensions")
+            raise ValueError(
+                f"prefix {self.prefixes[-1]} is wider than the embedding, which has {own.embedding_dim} dimensions"
+            )
 
     @property
     def data(self) -> TrainingData:
@@ -87,19 +96,20 @@ class Stage(L.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         del batch, batch_idx
         self._began = time.perf_counter()
+        self._learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         del outputs, batch_idx
-        seconds = time.perf_counter() - self._began
-        self.log(f"train/{batch.task}/examples_per_second", len(batch.keys) * self.trainer.world_size / seconds)
+        rate = len(batch.keys) * self.trainer.world_size / (time.perf_counter() - self._began)
+        self._write_log({**self._parts, "examples_per_second": rate}, batch.task)
         if self.snapshot_every and self.global_step % self.snapshot_every == 0 and self.global_step < self.trainer.max_steps:
             self._save(f"encoder-{self.global_step:06d}")
 
     def on_train_end(self) -> None:
         self._save("encoder")
 
-    def log_objective(self, batch: Batch, out: Objective) -> Tensor:
-        """Log every part under the task's name and hand on what is minimised.
+    def minimised(self, batch: Batch, out: Objective) -> Tensor:
+        """What is minimised, once its parts are noted for the log.
 
         Raises:
             ValueError: The loss is not finite; names the task, the step and the examples.
@@ -109,13 +119,21 @@ class Stage(L.LightningModule):
                 f"the loss is {out.total.item()} at step {batch.step} of task {batch.task!r}; lower the learning rate, "
                 f"or look at the examples {', '.join(batch.keys[:8])}, .."
             )
-        values = {f"train/{batch.task}/{name}": value for name, value in out.parts.items()}
-        truncated = sum(i.num_truncated for i in (batch.query, batch.target, batch.negative) if i is not None)
-        values[f"train/{batch.task}/truncated_items"] = torch.tensor(float(truncated))
-        values["learning_rate"] = torch.tensor(self.optimizers().param_groups[0]["lr"])  # pyright: ignore[reportAttributeAccessIssue]
-        self.log_dict(values)
+        columns = (batch.query, batch.target, batch.negative)
+        truncated = float(sum(inputs.num_truncated for inputs in columns if inputs is not None))
+        self._parts = {**{name: value.item() for name, value in out.parts.items()}, "truncated_items": truncated}
         self.log("loss", out.total.detach(), prog_bar=True, logger=False)
         return out.total
+
+    def _write_log(self, parts: dict[str, float], task: str) -> None:
+        """One step's values under its task's name.
+
+        Straight to the loggers: Lightning's own log repeats what other tasks logged last at every later step.
+        """
+        values = {f"train/{task}/{name}": value for name, value in parts.items()}
+        values["learning_rate"] = self._learning_rate
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.global_step)
 
     def _save(self, name: str) -> None:
         if self.trainer.is_global_zero:
@@ -129,6 +147,7 @@ class Stage(L.LightningModule):
             }
             folder = Path(self.trainer.default_root_dir) / name
             save_encoder(folder, self.encoder, self.data.processor, provenance=provenance)
+            print(f"encoder in {folder}")
 
 
 def _sha256_only(folder: str) -> dict[str, str]:

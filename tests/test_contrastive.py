@@ -1,6 +1,7 @@
 """Promises of the loss: the golden values of the equations page, and the properties it names."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ k = torch.arange(8, dtype=torch.float64)
 QUERY = torch.sin(0.7 * i + 1.3 * k + 0.1)
 PASSAGE = QUERY + 0.5 * torch.cos(2.1 * i - 0.4 * k)
 NEGATIVE = QUERY + 0.8 * torch.sin(1.9 * i + 0.6 * k + 0.5)
-OWN = {"negative": NEGATIVE, "negative_row": torch.arange(4)}
-PASSAGE_ID = {"passage_id": torch.tensor([0, 1, 1, 3])}
-QUERY_ID = {"query_id": torch.tensor([0, 1, 0, 3])}
+OWN: dict[str, Any] = {"negative": NEGATIVE, "negative_row": torch.arange(4)}
+PASSAGE_ID: dict[str, Any] = {"passage_id": torch.tensor([0, 1, 1, 3])}
+QUERY_ID: dict[str, Any] = {"query_id": torch.tensor([0, 1, 0, 3])}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Items to the inputs of a composed backbone: one interleaved sequence of tokens and places for media.
 
-A text part becomes its token ids. A medium becomes views of one size (an image one, a page a grid of tiles, a video one a frame,
-audio one a second), and in the sequence: BEGIN, `tokens_per_view` × SOFT for each view, END. These places are negative ids,
-so that any tokenizer serves unchanged; the backbone fills them with learnt boundaries and with the tower's tokens, in order.
+A text part becomes its token ids. A medium becomes views of one size (an image one, a page a grid of tiles, a video one a
+frame, audio one a second), and in the sequence: BEGIN, `tokens_per_view` × SOFT for each view, END. These places are negative
+ids, so that any tokenizer serves unchanged; the backbone fills them with learnt boundaries and the tower's tokens, in order.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -49,10 +49,12 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def to(self, device: torch.device | str, **kwargs: bool) -> Self:
-        moved = {kind: views.to(device, **kwargs) for kind, views in self.media.items()}
-        token_ids, mask = self.token_ids.to(device, **kwargs), self.attention_mask.to(device, **kwargs)
-        return type(self)(token_ids, mask, moved, self.num_truncated)
+    def to(self, device: torch.device | str) -> Self:
+        """The inputs with every tensor on a device."""
+        media = {kind: views.to(device) for kind, views in self.media.items()}
+        return dataclasses.replace(
+            self, token_ids=self.token_ids.to(device), attention_mask=self.attention_mask.to(device), media=media
+        )
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,9 @@ class ComposedProcessor:
         self.config, self.tokenizer = config, tokenizer
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
         last = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-        self.first_ids = [] if first is None else [first]
-        self.last_ids = [] if last is None else [last]
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.first_ids = [int(first)] if isinstance(first, int) else []
+        self.last_ids = [int(last)] if isinstance(last, int) else []
+        self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
         self.mel_filters = torch.tensor(
             mel_filter_bank(
                 num_frequency_bins=257,
@@ -158,22 +160,16 @@ class ComposedProcessor:
                 ids += [place_id(part.kind, BEGIN), *soft, place_id(part.kind, END)]
         return ids + self.last_ids, truncated
 
-    def views(self, kind: str, content: np.ndarray | list[np.ndarray]) -> Tensor:
+    def views(self, kind: str, content: Any) -> Tensor:
         """The views of one decoded medium: uint8 (V, 3, size, size), for audio float32 (V, 1, mels, frames)."""
         size = self.config.view_size
         if kind == "audio":
-            assert isinstance(content, np.ndarray)
             return self._spectrograms(torch.from_numpy(content))
         if kind == "page":
             rows, columns = self.config.page_grid
             pages = [_resize(page, columns * size, rows * size) for page in content]
-            tiles = [
-                p[r * size : (r + 1) * size, c * size : (c + 1) * size]
-                for p in pages
-                for r in range(rows)
-                for c in range(columns)
-            ]
-            pictures = np.stack(tiles)
+            tiled = np.stack(pages).reshape(len(pages), rows, size, columns, size, 3).swapaxes(2, 3)
+            pictures = tiled.reshape(-1, size, size, 3)
         else:
             pictures = np.stack([_resize(picture, size, size) for picture in ([content] if kind == "image" else content)])
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()

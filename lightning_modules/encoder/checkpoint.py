@@ -113,7 +113,8 @@ def load_weights(encoder: Embedder, weights: Mapping[str, Tensor], where: str) -
     ]
     if wrong:
         raise ValueError(
-            f"the checkpoint {where} is of another shape: {len(wrong)} tensors differ, among them {', '.join(sorted(wrong)[:3])}; "
+            f"the checkpoint {where} is of another shape: {len(wrong)} tensors differ, "
+            f"among them {', '.join(sorted(wrong)[:3])}; "
             "leave out model.encoder to take the checkpoint's own shape"
         )
     encoder.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()})
@@ -130,7 +131,7 @@ def _described(folder: Path) -> dict[str, Any]:
     file = folder / "encoder.json"
     if not file.is_file():
         raise ValueError(
-            f"no encoder in {folder}: {file.name} is missing; name the folder that a finished run wrote, such as runs/finetune/encoder"
+            f"no encoder in {folder}: {file.name} is missing; name the folder that a run wrote, as runs/finetune/encoder"
         )
     described = json.loads(file.read_text())
     if described.get("format") != FORMAT:

@@ -22,6 +22,7 @@ class ComposedConfig:
         revision: Of the hub repository.
         towers: Name to tower.
         routes: Kind of media (image, page, audio, video) to the name of its tower; kinds left out are refused at run time.
+        tokens: Kind of media to the tokens of one of its views, a square number.
         attention: transformers' attention implementation; None leaves the choice to it.
     """
 
@@ -30,6 +31,7 @@ class ComposedConfig:
     revision: str | None = None
     towers: dict[str, TowerConfig] = field(default_factory=dict)
     routes: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MEDIA_KINDS, 16))
     attention: str | None = None
 
     def __post_init__(self) -> None:
@@ -40,7 +42,12 @@ class ComposedConfig:
         for kind, tower in self.routes.items():
             if kind not in MEDIA_KINDS or tower not in self.towers:
                 raise ValueError(
-                    f"route {kind}: {tower} leads nowhere; kinds: {', '.join(MEDIA_KINDS)}; towers: {', '.join(self.towers) or 'none'}"
+                    f"route {kind}: {tower} leads nowhere; kinds: {', '.join(MEDIA_KINDS)}; "
+                    f"towers: {', '.join(self.towers) or 'none'}"
+                )
+            if self.tokens.get(kind, 0) < 1 or round(self.tokens[kind] ** 0.5) ** 2 != self.tokens[kind]:
+                raise ValueError(
+                    f"tokens of {kind} are {self.tokens.get(kind)}; they must be a square number (1, 4, 9, 16, ..)"
                 )
 
 
@@ -49,7 +56,7 @@ class ComposedBackbone(nn.Module):
 
     Args:
         config: What to build.
-        load_pretrained: False builds a pretrained text model's shape with random weights, for weights that follow from elsewhere.
+        load_pretrained: False builds a pretrained text model's shape with random weights, for weights that follow.
     """
 
     def __init__(self, config: ComposedConfig, *, load_pretrained: bool = True) -> None:
@@ -58,6 +65,14 @@ class ComposedBackbone(nn.Module):
         self.width: int = self.text.config.hidden_size
         self.routes = dict(config.routes)
         self.towers = nn.ModuleDict({name: Tower(tower, self.width) for name, tower in config.towers.items()})
+        self.tokens = dict(config.tokens)
+        for kind, name in self.routes.items():
+            rows, columns = self.towers[name].map_size  # pyright: ignore[reportGeneralTypeIssues]
+            if min(rows, columns) ** 2 < self.tokens[kind]:
+                raise ValueError(
+                    f"tower {name!r} makes a {rows} x {columns} map of a view; "
+                    f"it cannot give {self.tokens[kind]} tokens to {kind}"
+                )
         self.boundaries = nn.ParameterDict({kind: nn.Parameter(torch.randn(2, self.width) * 0.02) for kind in config.routes})
 
     @property
@@ -81,12 +96,13 @@ class ComposedBackbone(nn.Module):
                 raise ValueError(
                     f"this encoder has no tower for {kind}; it takes text, code and {', '.join(self.routes) or 'nothing else'}"
                 )
-            tokens = self.towers[self.routes[kind]](views).flatten(0, 1)
+            tokens = self.towers[self.routes[kind]](views, self.tokens[kind]).flatten(0, 1)
             places = ids == place_id(kind, SOFT)
             if int(places.sum()) != len(tokens):
                 raise ValueError(
-                    f"the tower for {kind} makes {len(tokens)} tokens of {len(views)} views, the processor left {int(places.sum())} places; "
-                    "make data.processor.tokens_per_view and the tower's `tokens` equal"
+                    f"the tower for {kind} makes {len(tokens)} tokens of {len(views)} views, "
+                    f"the processor left {int(places.sum())} places; "
+                    "make data.processor.tokens_per_view and backbone.tokens equal"
                 )
             states = states.masked_scatter(places[..., None], tokens.to(states.dtype))
             for role, boundary in zip((BEGIN, END), self.boundaries[kind], strict=True):

@@ -98,7 +98,7 @@ def probe(encoder: Embedder) -> None:
     if not moved > 1e-6:
         raise ValueError(
             f"the backbone is still causal: changing the last token moved the first token's state by {moved:.1e}; "
-            "choose a text model that transformers can make bidirectional (`is_causal = False`), or another attention implementation"
+            "choose a text model that `is_causal = False` makes bidirectional, or another attention implementation"
         )
     alone = encoder(Inputs(ids[:1, :7], torch.ones_like(ids[:1, :7])))
     mask = torch.ones_like(ids)

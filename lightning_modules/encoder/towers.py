@@ -1,5 +1,6 @@
 """Towers: views of a medium to tokens of the backbone's width, through any timm model."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +21,6 @@ class TowerConfig:
         in_chans: Channels of a view: 3 for pictures, 1 for spectrograms.
         height: Of a view.
         width: Of a view.
-        tokens: Tokens of one view, a square number; the feature map is averaged down to them.
         pretrained: Take timm's weights from its hub.
     """
 
@@ -30,23 +30,17 @@ class TowerConfig:
     in_chans: int = 3
     height: int = 64
     width: int = 64
-    tokens: int = 16
     pretrained: bool = False
-
-    def __post_init__(self) -> None:
-        if round(self.tokens**0.5) ** 2 != self.tokens or self.tokens < 1:
-            raise ValueError(f"tower {self.model!r}: tokens is {self.tokens}; it must be a square number (1, 4, 9, 16, ..)")
 
 
 class Tower(nn.Module):
-    """(V, C, height, width) views to (V, tokens, out_width).
+    """(V, C, height, width) views to (V, tokens, out_width); the last feature map is averaged down to a square of tokens.
 
     uint8 views are scaled to [-1, 1], others pass as they are.
     """
 
     def __init__(self, config: TowerConfig, out_width: int) -> None:
         super().__init__()
-        self.side = round(config.tokens**0.5)
         arguments = dict(config.arguments)
         if config.model.startswith("vit") or "img_size" in arguments:
             arguments.setdefault("img_size", (config.height, config.width))
@@ -57,16 +51,11 @@ class Tower(nn.Module):
         )
         self.project = nn.Linear(self.model.num_features, out_width)
         with torch.no_grad():
-            shape = self.feature_map(torch.zeros(1, config.in_chans, config.height, config.width)).shape
-        if min(shape[2:]) < self.side:
-            raise ValueError(
-                f"tower {config.model!r} makes a {shape[2]} x {shape[3]} map of a {config.height} x {config.width} view; "
-                f"{config.tokens} tokens need at least {self.side} x {self.side}"
-            )
+            self.map_size = tuple(self.feature_map(torch.zeros(1, config.in_chans, config.height, config.width)).shape[2:])
 
-    def forward(self, views: Tensor) -> Tensor:
+    def forward(self, views: Tensor, tokens: int) -> Tensor:
         views = views.to(self.project.weight.dtype) / 127.5 - 1.0 if views.dtype == torch.uint8 else views
-        pooled = F.adaptive_avg_pool2d(self.feature_map(views), self.side)
+        pooled = F.adaptive_avg_pool2d(self.feature_map(views), round(tokens**0.5))
         return self.project(pooled.flatten(2).transpose(1, 2))
 
     def feature_map(self, views: Tensor) -> Tensor:
@@ -107,7 +96,7 @@ class ConvStem(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         channels = [in_chans, *(max(16, embed_dim >> (num_halvings - 1 - n)) for n in range(num_halvings))]
         layers: list[nn.Module] = []
-        for before, after in zip(channels, channels[1:], strict=False):
+        for before, after in itertools.pairwise(channels):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(4, after), nn.GELU()]
         self.layers = nn.Sequential(*layers)
         self.project = nn.Conv2d(channels[-1], embed_dim, 1)

@@ -24,8 +24,9 @@ class ObjectiveConfig:
         temperature: τ of the contrastive term. Our choice: no paper publishes it.
         hardness: α of EmbeddingGemma's hard-negative weights; 0 switches them off.
         negatives: Whether a query sees its `own` hard negatives (the papers) or `all`.
-        centring: Share of the run during which the batch mean is subtracted from both sides, its weight falling linearly from 1 to
-            0. Nothing of it is left afterwards. Our choice: from random weights it prevents collapse
+        directions: `query` finds the target for a query (the papers); `both` adds the query for a target.
+        centring: Share of the run during which the batch mean is subtracted from both sides, its weight falling linearly
+            from 1 to 0. Nothing of it is left afterwards. Our choice: from random weights it prevents collapse
             (`experiments/001_first_light`); 0 switches it off, as for a pretrained backbone.
     """
 
@@ -34,6 +35,7 @@ class ObjectiveConfig:
     temperature: float = 0.05
     hardness: float = 0.0
     negatives: Literal["own", "all"] = "own"
+    directions: Literal["query", "both"] = "query"
     centring: float = 0.0
 
     def __post_init__(self) -> None:
@@ -92,6 +94,11 @@ def objective(
         hardness=config.hardness,
     )
     total = config.contrastive * contrastive.loss
+    if config.directions == "both":
+        reverse = contrastive_loss(
+            target_BD, query_BD, prefixes=prefixes, temperature=config.temperature, query_id=target_id, passage_id=query_id
+        )
+        total = total + config.contrastive * reverse.loss
     parts = {f"loss@{prefix}": loss for prefix, loss in zip(prefixes, contrastive.per_prefix, strict=True)}
     if config.spread_out:
         spread_K = spread_out_loss(query_BD, prefixes=prefixes, ids=query_id)
@@ -101,7 +108,9 @@ def objective(
     return Objective(total, {"loss": total.detach(), **parts, **_health(query_BD, target_BD, query_id, target_id)})
 
 
-def _centre(query_BD: Tensor, target_BD: Tensor, negative_MD: Tensor | None, weight: float) -> tuple[Tensor, Tensor, Tensor | None]:
+def _centre(
+    query_BD: Tensor, target_BD: Tensor, negative_MD: Tensor | None, weight: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Unit vectors less `weight` times their side's batch mean; hard negatives are on the targets' side."""
     query_BD, target_BD = F.normalize(query_BD, dim=-1), F.normalize(target_BD, dim=-1)
     target_mean_D = target_BD.mean(0)

@@ -1,0 +1,97 @@
+"""Promises of an encoder's folder: the same vectors again, refused when changed or of another shape, never half-written."""
+
+import dataclasses
+import errno
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.sample import Item, Part
+from lightning_modules.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.encoder import checkpoint
+from lightning_modules.encoder.checkpoint import load_encoder, load_weights, read_provenance, read_weights, save_encoder
+from lightning_modules.encoder.embedder import Embedder
+
+ITEM = Item((Part("text", "cat", content="cat"), Part("image", b"x", "png", content=np.zeros((64, 64, 3), np.uint8))))
+
+
+@torch.no_grad()
+def test_a_saved_encoder_gives_the_same_vectors(tiny_encoder, processor, tmp_path):
+    save_encoder(tmp_path / "encoder", tiny_encoder, processor, provenance={"stage": "test"})
+    again, own_processor = load_encoder(tmp_path / "encoder")
+    assert torch.equal(again.eval()(own_processor([ITEM])), tiny_encoder(processor([ITEM])))
+    assert again.config == tiny_encoder.config
+    assert read_provenance(tmp_path / "encoder")["stage"] == "test"
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
+
+
+def test_another_shape_names_what_differs(tiny_encoder, tiny_config, processor, tmp_path):
+    save_encoder(tmp_path / "encoder", tiny_encoder, processor, provenance={})
+    other = Embedder(dataclasses.replace(tiny_config, embedding_dim=32, prefixes=(8, 32)))
+    with pytest.raises(
+        ValueError, match=r"another shape: 1 tensors differ, among them projection.0.weight \(\(16, 32\) in the"
+    ):
+        load_weights(other, read_weights(tmp_path / "encoder"), "x")
+
+
+def test_changed_weights_are_refused(tiny_encoder, processor, tmp_path):
+    save_encoder(tmp_path / "encoder", tiny_encoder, processor, provenance={})
+    weights = tmp_path / "encoder" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match="was changed after it was written"):
+        load_encoder(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="no encoder in"):
+        load_encoder(tmp_path / "elsewhere")
+
+
+def test_weights_that_are_not_finite_are_not_written(tiny_encoder, processor, tmp_path):
+    with torch.no_grad():
+        tiny_encoder.projection[0].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        save_encoder(tmp_path / "encoder", tiny_encoder, processor, provenance={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_keeps_the_former_encoder(tiny_encoder, processor, tmp_path, monkeypatch):
+    save_encoder(tmp_path / "encoder", tiny_encoder, processor, provenance={"stage": "former"})
+
+    def full(weights, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_encoder(tmp_path / "encoder", tiny_encoder, processor, provenance={})
+    assert read_provenance(tmp_path / "encoder")["stage"] == "former"
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
+
+
+def test_a_run_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+    assert io.load_checkpoint(tmp_path / "last.ckpt") == {"step": 1}
+
+    def full(value, file):
+        file.write(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="is the disk full"):
+        io.save_checkpoint({"step": 2}, tmp_path / "last.ckpt")
+    assert io.load_checkpoint(tmp_path / "last.ckpt") == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_run_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return print, ("code ran",)
+
+    torch.save({"x": Code()}, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "bad.ckpt", weights_only=False)
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "none.ckpt")

@@ -1,0 +1,108 @@
+"""Promises of the composed processor: one interleaved sequence, places that match views, nothing cut in silence."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.processors.composed import BEGIN, END, SOFT, ComposedProcessor, ProcessorConfig, place_id
+from datamodules.processors.tokenizer import train_tokenizer
+from datamodules.sample import Item, Part
+
+RNG = np.random.default_rng(0)
+PICTURE = RNG.integers(0, 255, (48, 80, 3), dtype=np.uint8)
+
+
+def part(kind, value):
+    return Part(kind, value if isinstance(value, str) else b"x", "" if isinstance(value, str) else "png", content=value)
+
+
+def test_parts_keep_their_order(processor):
+    inputs = processor([Item((part("text", "cat"), part("image", PICTURE), part("code", "x+1")))])
+    words = [processor.tokenizer(text)["input_ids"] for text in ("cat", "x+1")]
+    picture = [place_id("image", BEGIN), *[place_id("image", SOFT)] * 16, place_id("image", END)]
+    assert inputs.token_ids[0].tolist() == [*words[0], *picture, *words[1], processor.tokenizer.eos_token_id]
+    assert inputs.attention_mask.all()
+
+
+def test_places_are_negative_and_distinct():
+    ids = {place_id(kind, role) for kind in ("image", "page", "audio", "video") for role in (BEGIN, SOFT, END)}
+    assert len(ids) == 12
+    assert max(ids) < 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "num_views"),
+    [
+        ("image", PICTURE, 1),
+        ("page", [PICTURE, PICTURE], 4),
+        ("video", np.stack([PICTURE] * 3), 3),
+        ("audio", np.zeros(16_000, np.float32), 1),
+        ("audio", np.zeros(40_000, np.float32), 3),
+    ],
+)
+def test_media_become_views_with_their_places(processor, kind, content, num_views):
+    inputs = processor([Item((part(kind, content),))])
+    shape = (num_views, 1, 64, 64) if kind == "audio" else (num_views, 3, 64, 64)
+    assert inputs.media[kind].shape == shape
+    assert inputs.media[kind].dtype == (torch.float32 if kind == "audio" else torch.uint8)
+    assert int((inputs.token_ids == place_id(kind, SOFT)).sum()) == 16 * num_views
+
+
+def test_a_page_is_cut_into_tiles_row_by_row(processor):
+    page = np.zeros((128, 64, 3), np.uint8)
+    page[64:] = 200
+    tiles = processor([Item((part("page", [page]),))]).media["page"]
+    assert tiles[0].max() == 0
+    assert tiles[1].min() == 200
+
+
+def test_a_higher_pitch_stands_higher_in_the_spectrogram(processor):
+    time = np.arange(16_000, dtype=np.float32) / 16_000
+    rows = [
+        processor.views("audio", np.sin(2 * np.pi * pitch * time).astype(np.float32))[0, 0].mean(1).argmax().item()
+        for pitch in (200, 800, 3000)
+    ]
+    assert rows == sorted(set(rows))
+
+
+def test_long_text_is_cut_and_counted(processor):
+    short = ComposedProcessor(dataclasses.replace(processor.config, max_text_tokens=5), processor.tokenizer)
+    inputs = short(
+        [
+            Item(
+                (part("text", "the cat sat on the mat"), part("text", "more")),
+            ),
+            Item((part("text", "cat"),)),
+        ]
+    )
+    assert inputs.num_truncated == 1
+    assert int(inputs.attention_mask[0].sum()) == 6
+
+
+def test_padding_is_on_the_right_and_masked(processor):
+    inputs = processor([Item((part("text", "cat"),)), Item((part("text", "the cat sat on the mat"),))])
+    length = int(inputs.attention_mask[0].sum())
+    assert inputs.attention_mask[0].tolist() == [1] * length + [0] * (inputs.token_ids.shape[1] - length)
+
+
+def test_it_is_the_same_after_saving(processor, tmp_path):
+    processor.save(tmp_path)
+    again = ComposedProcessor.load(tmp_path)
+    assert again.config == processor.config
+    item = Item((part("text", "ein großer blauer Stern"), part("image", PICTURE)))
+    assert torch.equal(again([item]).token_ids, processor([item]).token_ids)
+
+
+def test_a_trained_tokenizer_loses_nothing():
+    tokenizer = train_tokenizer(["the cat"] * 3, 280)
+    text = "日本 🙂 \t tabs\n  and spaces"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    with pytest.raises(ValueError, match="at least 258"):
+        train_tokenizer(["x"], 100)
+
+
+def test_tokens_per_view_must_name_every_kind():
+    with pytest.raises(ValueError, match="for each of image, page, audio, video"):
+        ProcessorConfig(tokens_per_view={"image": 4})

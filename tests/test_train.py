@@ -1,0 +1,190 @@
+"""Promises of train.py: both command forms are one run, wrong keys are refused by name, a stopped run goes on exactly."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import train
+from lightning_modules.encoder.checkpoint import read_provenance, read_weights
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "data.num_workers=0",
+    "data.steps_per_block=14",
+    "data.processor.vocab_size=400",
+    *(f"data.tasks.world/{name}.batch_size=4" for name in ("text-image", "text-page", "text-audio", "text-video")),
+    *(f"data.tasks.world/{name}.batch_size=4" for name in ("text-code", "text-text", "mixed-image")),
+    "model.encoder.embedding_dim=16",
+    "model.encoder.prefixes=[4,16]",
+    "model.encoder.backbone.text.vocab_size=400",
+    "model.encoder.backbone.text.hidden_size=32",
+    "model.encoder.backbone.text.intermediate_size=48",
+    "model.encoder.backbone.text.num_hidden_layers=1",
+    "model.encoder.backbone.text.head_dim=8",
+    "model.encoder.backbone.towers.image.arguments={embed_dim:24,depth:1,num_heads:2,class_token:false,global_pool:''}",
+    "model.encoder.backbone.towers.spectrogram.arguments={embed_dim:24,depth:1,num_heads:2,class_token:false,global_pool:''}",
+]
+
+
+def run(*arguments: str, ok: bool = True) -> str:
+    """train.py in a process of its own, as a user runs it; what it printed."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def tiny_prefinetune(world: Path, out: Path, *more: str) -> list[str]:
+    return ["conf=quickstart/prefinetune", f"data.root={world}", f"trainer.default_root_dir={out}", *TINY, *more]
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory) -> Path:
+    """A run of 14 steps with a checkpoint after the sixth."""
+    out = tmp_path_factory.mktemp("runs") / "prefinetune"
+    callbacks = OmegaConf.load(ROOT / "conf" / "trainer" / "default.yaml").trainer.callbacks
+    keep = f"trainer.callbacks.{len(callbacks) - 1}.init_args"
+    run(*tiny_prefinetune(world, out, "trainer.max_steps=14", f"{keep}.every_n_train_steps=6", f"{keep}.save_top_k=-1"))
+    return out
+
+
+def test_a_run_leaves_its_encoder_configuration_and_curves(trained):
+    assert read_provenance(trained / "encoder")["steps"] == 14
+    config = OmegaConf.load(trained / "config.yaml")
+    assert config.trainer.max_steps == 14
+    assert config.data.processor.tokens_per_view == config.model.encoder.backbone.tokens
+    with next((trained / "logs").glob("version_*/metrics.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    for task in ("world/text-image", "world/text-audio", "world/mixed-image"):
+        for name in ("loss", "loss@4", "loss@16", "positive_cosine", "negative_cosine", "masked_share", "examples_per_second"):
+            assert any(row[f"train/{task}/{name}"] for row in rows), f"{task}/{name}"
+    assert list((trained / "tensorboard").rglob("events*"))
+
+
+def test_a_stopped_run_goes_on_exactly(trained, world, tmp_path):
+    checkpoint = next((trained / "checkpoints").glob("step=6*.ckpt"))
+    run(*tiny_prefinetune(world, tmp_path / "again", "trainer.max_steps=14", f"ckpt_path={checkpoint}"))
+    straight, resumed = read_weights(trained / "encoder"), read_weights(tmp_path / "again" / "encoder")
+    assert all((straight[name] == resumed[name]).all() for name in straight)
+
+
+def test_finetuning_goes_on_from_the_encoder_with_its_own_tokenizer(trained, world, tmp_path):
+    sizes = [argument for argument in TINY if argument.startswith("data.tasks")]
+    arguments = [f"model.init_from={trained / 'encoder'}", f"data.root={world}", "data.num_workers=0", "trainer.max_steps=3"]
+    run("conf=quickstart/finetune", *arguments, *sizes, f"trainer.default_root_dir={tmp_path / 'ft'}")
+    provenance = read_provenance(tmp_path / "ft" / "encoder")
+    assert provenance["stage"] == "FineTune"
+    assert provenance["parents"][0]["sha256"] == read_provenance(trained / "encoder")["sha256"]
+    names = ["tokenizer.json", "processor.json"]
+    assert all((tmp_path / "ft" / "encoder" / n).read_bytes() == (trained / "encoder" / n).read_bytes() for n in names)
+    refused = run("conf=quickstart/finetune", *arguments, "model.prefixes=[4,64]", ok=False)
+    assert "error: prefix 64 is wider than the embedding, which has 16 dimensions" in refused
+
+
+def test_both_command_forms_are_the_same_run():
+    short = ["conf=finetune", "trainer.max_steps=10", "data.root=shards", "model.init_from=runs/x"]
+    long = [
+        "fit",
+        "--config",
+        "conf/finetune.yaml",
+        "--trainer.max_steps=10",
+        "--data.root",
+        "shards",
+        "--model.init_from=runs/x",
+    ]
+    first, second = (train.parse_command_line(words) for words in (short, long))
+    assert first[0] is not None
+    assert second[0] is not None
+    assert train.compose(first[0], first[1]) == train.compose((ROOT / second[0]), second[1])
+    assert train.compose(first[0], first[1])["data"]["init_from"] == "runs/x"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["conf=finetun"], "unknown stage 'finetun'; the stages are: evaluate, finetune,"),
+        (["fit", "--config", "conf/none.yaml"], "no configuration file conf/none.yaml"),
+        (["conf=soup"], "needs a value for checkpoints"),
+        (["conf=soup", "checkpoints=[a]", "chekpoints=[b]"], "'chekpoints' is not accepted"),
+        (["trainer.max_steps=1"], "which stage? Add conf=<stage>"),
+        (["conf=soup", "loose"], "'loose' is no key=value"),
+        (["conf=quickstart/prefinetune", "trainer.max_stepz=1"], "trainer.max_stepz"),
+        (
+            ["conf=quickstart/prefinetune", "model.encoder.backbone.towers.image.foo=1"],
+            "'foo' is not accepted; accepted: model,",
+        ),
+        (["conf=quickstart/prefinetune", "data.tasks.world/text-image.foo=1"], "'foo' is not accepted; accepted: shards,"),
+        (
+            ["conf=quickstart/prefinetune", "trainer.max_steps=many"],
+            "\"trainer.max_steps\": Expected a <class 'int'>. Got value: many",
+        ),
+        (["conf=quickstart/prefinetune", "trainer.logger.0.class_path=os.system"], "class_path 'os.system' is not allowed"),
+        (["conf=quickstart/prefinetune", "run=os.system"], "must name a class or function of"),
+        (["conf=quickstart/prefinetune", "data.root=nowhere"], "no shards in nowhere/world/"),
+        (["conf=evaluate", "checkpoint=nowhere", "root=x", "out=y"], "no encoder in nowhere"),
+        (["conf=prepare", "source=nowhere"], "nowhere"),
+    ],
+)
+def test_what_a_person_gets_wrong_gets_one_sentence(arguments, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises((ValueError, OSError, train.ArgumentError)) as caught:
+        train.main(arguments)
+    shown = train.clear_message(caught.value)
+    assert message in shown
+    assert "\n" not in shown
+
+
+def test_errors_end_with_a_sentence_and_no_traceback():
+    shown = run("conf=soup", "checkpoints=[nowhere]", ok=False)
+    assert "error: no encoder in nowhere" in shown
+    assert "Traceback" not in shown
+
+
+def test_a_workers_error_is_shown_without_its_traceback(world, tmp_path):
+    split = tmp_path / "world" / "text-image" / "train"
+    split.mkdir(parents=True)
+    for file in (world / "world" / "text-image" / "train").iterdir():
+        data = bytearray(file.read_bytes())
+        if file.suffix == ".tar":
+            data[1600:20000:50] = bytes(len(data[1600:20000:50]))
+        (split / file.name).write_bytes(data)
+    off = [
+        f"data.tasks.world/{n}.rate=0"
+        for n in ("text-page", "text-audio", "text-video", "text-code", "text-text", "mixed-image")
+    ]
+    shown = run(
+        *tiny_prefinetune(tmp_path, tmp_path / "out", "trainer.max_steps=30", *off, "data.max_tokenizer_texts=2"), ok=False
+    )
+    assert "is damaged (its CRC-32 differs from the index)" in shown
+    assert "Traceback" not in shown
+
+
+def test_a_configuration_that_includes_itself_or_is_no_yaml_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CONF", tmp_path)
+    (tmp_path / "a.yaml").write_text("include: [b]\nrun: x")
+    (tmp_path / "b.yaml").write_text("include: [a]")
+    (tmp_path / "c.yaml").write_text("x: [1")
+    (tmp_path / "d.yaml").write_text("include: [none]")
+    for name, message in (("a", "includes it"), ("c", "no valid YAML"), ("d", "does not exist")):
+        with pytest.raises(ValueError, match=message):
+            train.compose(tmp_path / f"{name}.yaml", [])
+
+
+def test_every_stage_composes_and_no_key_is_left_over():
+    for stage in train.stages():
+        config = train.compose(ROOT / "conf" / f"{stage}.yaml", [], resolve=False)
+        assert train.named_object(config["run"], Path(stage)) is not None
+
+
+def test_a_package_called_kernels_is_refused(monkeypatch):
+    monkeypatch.setattr(train.importlib.metadata, "version", lambda name: "0.18.0")
+    with pytest.raises(ValueError, match="pip uninstall kernels"):
+        train.main([])

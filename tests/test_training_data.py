@@ -1,0 +1,153 @@
+"""Promises of the stream: the same batches for any number of workers and ranks, prompts as the papers say, clear refusals."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from datamodules.collate import Collate, with_prompt
+from datamodules.processors.composed import ProcessorConfig
+from datamodules.sample import Example, content_id_of_label, media_item, text_item
+from datamodules.shards import Split, write_split
+from datamodules.tasks import BenchmarkSpec, TaskSpec, modalities_of
+from datamodules.training import TrainingData
+
+TASKS = {
+    "world/text-image": TaskSpec("world/text-image/train", "task: search result | query: {text}", batch_size=8, negatives=1),
+    "world/text-text": TaskSpec("world/text-text/train", batch_size=4, rate=2.0),
+}
+
+
+def data_of(world: Path, tmp_path: Path, *, rank=0, world_size=1, **arguments) -> TrainingData:
+    """TrainingData with a stand-in for the trainer it asks for rank and folder."""
+    defaults = {"processor": ProcessorConfig(vocab_size=400), "steps_per_block": 9, "num_workers": 0}
+    data = TrainingData(str(world), arguments.pop("tasks", TASKS), **{**defaults, **arguments})
+    data.trainer = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
+        world_size=world_size,
+        global_rank=rank,
+        default_root_dir=str(tmp_path),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=4)),
+    )
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def batches(data: TrainingData, number: int):
+    iterator = iter(data.train_dataloader())
+    return [next(iterator) for _ in range(number)]
+
+
+def test_workers_do_not_change_the_batches(world, tmp_path):
+    runs = [batches(data_of(world, tmp_path, num_workers=workers), 12) for workers in (0, 1, 2)]
+    for straight, *others in zip(*runs, strict=True):
+        for other in others:
+            assert (other.task, other.keys, other.step) == (straight.task, straight.keys, straight.step)
+            assert torch.equal(other.query.token_ids, straight.query.token_ids)
+            assert torch.equal(other.target_id, straight.target_id)
+    assert {batch.task for batch in runs[0]} == set(TASKS)
+
+
+def test_two_ranks_share_the_global_batch(world, tmp_path):
+    whole = batches(data_of(world, tmp_path), 9)
+    parts = [batches(data_of(world, tmp_path, rank=rank, world_size=2), 9) for rank in (0, 1)]
+    for one, left, right in zip(whole, *parts, strict=True):
+        assert left.task == right.task == one.task
+        assert left.keys + right.keys == one.keys
+        rows = torch.cat([left.query.attention_mask.sum(1), right.query.attention_mask.sum(1)])
+        assert torch.equal(rows, one.query.attention_mask.sum(1))  # the same prompts were dropped
+
+
+def test_going_on_at_a_step_gives_the_batches_from_there(world, tmp_path):
+    straight = batches(data_of(world, tmp_path), 9)
+    resumed = data_of(world, tmp_path)
+    resumed.load_state_dict(resumed.state_dict())
+    assert [batch.keys for batch in batches(resumed, 4)] == [batch.keys for batch in straight[5:]]
+
+
+def test_going_on_with_other_data_is_refused(world, tmp_path):
+    state = data_of(world, tmp_path).state_dict()
+    other = {**TASKS, "world/text-text": dataclasses.replace(TASKS["world/text-text"], rate=3.0)}
+    with pytest.raises(ValueError, match="other tasks, shards, rates, batch sizes or seed"):
+        data_of(world, tmp_path, tasks=other).load_state_dict(state)
+
+
+def test_a_batch_is_one_tasks_with_its_own_size_and_negatives(world, tmp_path):
+    for batch in batches(data_of(world, tmp_path), 9):
+        spec = TASKS[batch.task]
+        assert len(batch.keys) == len(batch.query) == len(batch.target) == spec.batch_size
+        split = Split(world / spec.shards)
+        by_key = {key: split.read(position) for position, key in enumerate(split.keys)}
+        assert batch.target_id.tolist() == [by_key[key].target.content_id for key in batch.keys]
+        if spec.negatives:
+            assert batch.negative_row is not None
+            assert batch.negative_row.tolist() == list(range(8))
+            assert batch.negative_id.tolist() == [by_key[key].negatives[0].content_id for key in batch.keys]
+        else:
+            assert batch.negative is None
+
+
+def test_prompts_are_dropped_at_random_and_never_put_on_media(world, tmp_path):
+    data = data_of(world, tmp_path, prompt_dropout=0.5)
+    image = [batch for batch in batches(data, 27) if batch.task == "world/text-image"]
+    texts = [data.processor.tokenizer.decode(row[row > 1]) for batch in image for row in batch.query.token_ids]
+    share = sum(text.startswith("task: search result | query: ") for text in texts) / len(texts)
+    assert 0.3 < share < 0.7
+    picture = media_item("image", b"x", "png")
+    assert with_prompt(picture, "task: {text}") is picture
+
+
+def test_passages_without_a_title_say_none():
+    prompted = with_prompt(text_item("body"), "title: {title} | text: {text}")
+    assert prompted.parts[0].data == "title: none | text: body"
+    assert (
+        with_prompt(text_item("body", title="head"), "title: {title} | text: {text}").parts[0].data
+        == "title: head | text: body"
+    )
+
+
+def test_targets_with_equal_labels_are_equal_on_request(processor):
+    examples = [Example(str(n), text_item(f"q{n}"), text_item(f"t{n}"), label="joy" if n < 2 else "fear") for n in range(3)]
+    decoded = [dataclasses.replace(e) for e in examples]
+    from datamodules.decode import DecodeLimits, decode_example
+
+    decoded = [decode_example(example, DecodeLimits()) for example in decoded]
+    batch = Collate({"t": TaskSpec("x", same_target="label")}, processor, 0.0, 0)("t", 0, decoded)
+    assert batch.target_id.tolist() == [content_id_of_label(label) for label in ("joy", "joy", "fear")]
+    with pytest.raises(ValueError, match="has no label"):
+        Collate({"t": TaskSpec("x", same_target="label")}, processor, 0.0, 0)(
+            "t", 0, [dataclasses.replace(decoded[0], label=None)]
+        )
+
+
+def test_an_unreadable_picture_is_named(world, tmp_path):
+    bad = [Example(f"k{n}", text_item("x"), media_item("image", b"no picture", "png")) for n in range(4)]
+    write_split(tmp_path / "bad", bad)
+    data = data_of(tmp_path, tmp_path, tasks={"bad": TaskSpec("bad", batch_size=2)})
+    with pytest.raises(ValueError, match=r"bad: example 'k\d' cannot be used: this image \(png, 10 bytes\) does not decode"):
+        batches(data, 1)
+
+
+def test_the_tokenizer_is_made_once_and_again_for_other_data(world, tmp_path):
+    first, again = data_of(world, tmp_path), data_of(world, tmp_path)
+    assert len(list(tmp_path.glob("tokenizer-*"))) == 1
+    assert first.processor.tokenizer.get_vocab() == again.processor.tokenizer.get_vocab()
+    data_of(world, tmp_path, tasks={"world/text-code": TaskSpec("world/text-code/train", batch_size=4)})
+    assert len(list(tmp_path.glob("tokenizer-*"))) == 2
+
+
+def test_what_cannot_be_is_refused(world, tmp_path):
+    with pytest.raises(ValueError, match=r"either data\.processor"):
+        TrainingData(str(world), TASKS)
+    with pytest.raises(ValueError, match="prompt_dropout is 2"):
+        data_of(world, tmp_path, prompt_dropout=2.0)
+    with pytest.raises(ValueError, match="batch_size 4 is no multiple of the 3 ranks"):
+        data_of(world, tmp_path, world_size=3, tasks={"t": TASKS["world/text-text"]}).train_dataloader()
+    with pytest.raises(ValueError, match="exactly once"):
+        TaskSpec("x", query_prompt="no place for text")
+    with pytest.raises(ValueError, match="linear probe"):
+        BenchmarkSpec("classification", "x")
+    with pytest.raises(ValueError, match="must be named"):
+        modalities_of("world/text-smell")
