@@ -85,7 +85,10 @@ def compose(conf: Path, overrides: list[str], *, resolve: bool = True) -> dict[s
         ValueError: A file is missing or no YAML mapping, a value still has to be given, or a class is not allowed.
     """
     try:
-        merged = OmegaConf.merge(_with_includes(conf, ()), OmegaConf.from_dotlist(overrides))
+        merged = _with_includes(conf, ())
+        for override in overrides:
+            name, _, value = override.partition("=")
+            OmegaConf.update(merged, name, OmegaConf.from_dotlist([f"value={value}"])["value"], merge=True)
         missing = OmegaConf.missing_keys(merged) if resolve else ()
         if missing:
             raise ValueError(f"{conf} needs a value for {', '.join(sorted(missing))}; add key=value to the command")
@@ -185,6 +188,7 @@ def _quiet_libraries() -> None:
     """Keep what a person cannot act on off the screen."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # advertisements among others
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 uses what torch 2.15 deprecates
+    warnings.filterwarnings("ignore", message=".*JSONARGPARSE_DEPRECATION.*")  # Lightning 2.6 calls what jsonargparse renamed
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # two cores have no use for many
 
 

@@ -25,6 +25,10 @@ AUDIO_FORMATS = ("wav", "flac", "ogg")
 VIDEO_FORMATS = {"mp4": "mp4", "webm": "matroska"}
 
 
+class RefusedError(ValueError):
+    """A part that may be whole but is not of a kind or size that is read."""
+
+
 @dataclass(frozen=True)
 class DecodeLimits:
     """What a part may hold, and how densely video and pages are sampled.
@@ -74,9 +78,9 @@ def decode_part(part: Part, limits: DecodeLimits) -> Part:
     decoders = {"image": decode_image, "page": decode_page, "audio": decode_audio, "video": decode_video}
     try:
         content = decoders[part.kind](part.data, part.format, limits)
-    except ValueError:
+    except RefusedError:
         raise
-    except Exception as error:  # the media libraries raise their own types; all mean that the bytes are bad
+    except Exception as error:  # the media libraries raise types of their own; all mean that the bytes are bad
         raise ValueError(f"this {part.kind} ({part.format}, {len(part.data)} bytes) does not decode: {error}") from error
     return dataclasses.replace(part, content=content)
 
@@ -84,7 +88,7 @@ def decode_part(part: Part, limits: DecodeLimits) -> Part:
 def decode_image(data: bytes, format: str, limits: DecodeLimits) -> np.ndarray:
     """JPEG, PNG or WebP to uint8 (H, W, 3); transparency is laid on white."""
     if format not in IMAGE_FORMATS:
-        raise ValueError(f"image format {format!r} is not read; allowed: {', '.join(IMAGE_FORMATS)}")
+        raise RefusedError(f"image format {format!r} is not read; allowed: {', '.join(IMAGE_FORMATS)}")
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
         _check_pixels(image.width, image.height, limits)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -100,7 +104,7 @@ def decode_page(data: bytes, format: str, limits: DecodeLimits) -> list[np.ndarr
     document = pypdfium2.PdfDocument(data)
     try:
         if not 1 <= len(document) <= limits.max_pages:
-            raise ValueError(f"this PDF has {len(document)} pages; allowed: 1 to {limits.max_pages}")
+            raise RefusedError(f"this PDF has {len(document)} pages; allowed: 1 to {limits.max_pages}")
         pages = []
         for page in document:
             width, height = page.get_size()
@@ -115,11 +119,13 @@ def decode_page(data: bytes, format: str, limits: DecodeLimits) -> list[np.ndarr
 def decode_audio(data: bytes, format: str, limits: DecodeLimits) -> np.ndarray:
     """WAV, FLAC or Ogg to float32 (samples,), mono, 16 kHz, in [-1, 1]."""
     if format not in AUDIO_FORMATS:
-        raise ValueError(f"audio format {format!r} is not read; allowed: {', '.join(AUDIO_FORMATS)}")
+        raise RefusedError(f"audio format {format!r} is not read; allowed: {', '.join(AUDIO_FORMATS)}")
     with soundfile.SoundFile(io.BytesIO(data)) as file:
         seconds = file.frames / file.samplerate
         if not 0 < seconds <= limits.max_audio_seconds:
-            raise ValueError(f"this audio lasts {seconds:.1f} s; allowed: more than 0 and at most {limits.max_audio_seconds} s")
+            raise RefusedError(
+                f"this audio lasts {seconds:.1f} s; allowed: more than 0 and at most {limits.max_audio_seconds} s"
+            )
         wave, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
     if rate != SAMPLE_RATE:
         from scipy.signal import resample_poly
@@ -128,23 +134,25 @@ def decode_audio(data: bytes, format: str, limits: DecodeLimits) -> np.ndarray:
         wave = resample_poly(wave, SAMPLE_RATE // divisor, rate // divisor)
     wave = np.ascontiguousarray(wave, dtype=np.float32)
     if not np.isfinite(wave).all():
-        raise ValueError("this audio holds values that are not finite")
+        raise RefusedError("this audio holds values that are not finite")
     return wave
 
 
 def decode_video(data: bytes, format: str, limits: DecodeLimits) -> np.ndarray:
     """MP4 or WebM to uint8 (T, H, W, 3): frames at the middles of T equal spans of the clip."""
     if format not in VIDEO_FORMATS:
-        raise ValueError(f"video format {format!r} is not read; allowed: {', '.join(VIDEO_FORMATS)}")
+        raise RefusedError(f"video format {format!r} is not read; allowed: {', '.join(VIDEO_FORMATS)}")
     with av.open(io.BytesIO(data), mode="r", format=VIDEO_FORMATS[format]) as container:
         if not container.streams.video:
-            raise ValueError("this file has no video stream")
+            raise RefusedError("this file has no video stream")
         stream = container.streams.video[0]
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1  # starting threads costs more than a short clip
         _check_pixels(stream.codec_context.width, stream.codec_context.height, limits)
         seconds = container.duration / av.time_base if container.duration else 0.0
         if not 0 < seconds <= limits.max_video_seconds:
-            raise ValueError(f"this video lasts {seconds:.1f} s; allowed: more than 0 and at most {limits.max_video_seconds} s")
+            raise RefusedError(
+                f"this video lasts {seconds:.1f} s; allowed: more than 0 and at most {limits.max_video_seconds} s"
+            )
         num_frames = min(limits.max_frames, max(1, round(seconds * limits.frames_per_second)))
         wanted = [(i + 0.5) * seconds / num_frames for i in range(num_frames)]
         return np.stack(_frames_at(container, stream, wanted))
@@ -168,10 +176,10 @@ def _frames_at(container: Any, stream: Any, wanted: list[float]) -> list[np.ndar
             break
         shown = frame
     if shown is None:
-        raise ValueError("this video holds no frame")
+        raise RefusedError("this video holds no frame")
     return found + [pixels(shown)] * (len(wanted) - len(found))
 
 
 def _check_pixels(width: int, height: int, limits: DecodeLimits) -> None:
     if not 0 < width * height <= limits.max_pixels:
-        raise ValueError(f"this picture measures {width} x {height}; allowed: at most {limits.max_pixels} pixels")
+        raise RefusedError(f"this picture measures {width} x {height}; allowed: at most {limits.max_pixels} pixels")

@@ -10,7 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.regression import SpearmanCorrCoef
+from torchmetrics.functional.regression import spearman_corrcoef
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMRR, RetrievalNormalizedDCG
 
 RECALL_DEPTHS = (1, 5, 10)
@@ -28,7 +28,9 @@ def retrieval(score_QC: Tensor, relevant_QC: Tensor) -> dict[str, float]:
     shown_QC = relevant_QC.clone()
     shown_QC.scatter_(1, score_QC.topk(min(DEPTH, score_QC.shape[1]), dim=1).indices, True)
     row, column = shown_QC.nonzero(as_tuple=True)
-    arguments = {"preds": score_QC[row, column], "target": relevant_QC[row, column], "indexes": row}
+    # torchmetrics 1.9 takes a candidate with a score of 0 or less for irrelevant in the reciprocal rank, so scores are lifted.
+    lifted_QC = score_QC.double() - score_QC.min() + 1.0
+    arguments = {"preds": lifted_QC[row, column], "target": relevant_QC[row, column], "indexes": row}
     measures = {f"recall@{k}": RetrievalHitRate(top_k=k) for k in RECALL_DEPTHS}
     measures |= {f"mrr@{DEPTH}": RetrievalMRR(top_k=DEPTH), f"ndcg@{DEPTH}": RetrievalNormalizedDCG(top_k=DEPTH)}
     return {name: measure(**arguments).item() for name, measure in measures.items()}
@@ -57,7 +59,7 @@ def _chance(num_relevant: int, num_candidates: int) -> dict[str, float]:
 
 def similarity(cosine_Q: Tensor, gold_Q: Tensor) -> dict[str, float]:
     """Spearman correlation of cosines with gold scores; chance is 0."""
-    return {"spearman": SpearmanCorrCoef()(cosine_Q.double(), gold_Q.double()).item()}
+    return {"spearman": spearman_corrcoef(cosine_Q.double(), gold_Q.double()).item()}
 
 
 def classification(

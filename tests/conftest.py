@@ -1,14 +1,11 @@
-"""What tests share: a small world of shards, a tiny encoder, and media made on the spot."""
+"""What tests share: a small world of shards, a processor, a tiny encoder."""
 
-import io
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-from PIL import Image
+from samples import TEXTS, TINY_TEXT, TINY_VIT
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(2)
@@ -19,19 +16,6 @@ from datamodules.world import write_world  # noqa: E402
 from lightning_modules.encoder.composed import ComposedConfig  # noqa: E402
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig  # noqa: E402
 from lightning_modules.encoder.towers import TowerConfig  # noqa: E402
-
-TEXTS = ["a small red circle", "ein großer blauer Stern", "def f(x): return x + 1", "0123456789", "the cat sat on the mat"]
-TINY_TEXT = {
-    "model_type": "qwen3",
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-TINY_VIT = {"embed_dim": 24, "depth": 1, "num_heads": 2, "class_token": False, "global_pool": ""}
 
 
 @pytest.fixture(scope="session")
@@ -65,20 +49,3 @@ def tiny_encoder(tiny_config) -> Embedder:
             if parameter.ndim > 1:
                 parameter.normal_(std=0.2)
     return encoder
-
-
-def picture_bytes(format: str = "PNG", *, width: int = 40, height: int = 30, seed: int = 0) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format)
-    return file.getvalue()
-
-
-def sound_bytes(
-    format: str = "WAV", *, seconds: float = 0.5, rate: int = 16_000, channels: int = 1, pitch: float = 440.0
-) -> bytes:
-    time = np.arange(round(seconds * rate)) / rate
-    wave = np.repeat(0.5 * np.sin(2 * np.pi * pitch * time)[:, None], channels, axis=1)
-    file = io.BytesIO()
-    soundfile.write(file, wave, rate, format=format)
-    return file.getvalue()

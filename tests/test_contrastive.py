@@ -81,7 +81,7 @@ def test_everything_masked_gives_zero_and_no_gradient():
 
 
 def test_an_own_negative_equal_to_the_positive_is_dropped():
-    ids = {"passage_id": torch.arange(4), "negative_id": torch.arange(4)}
+    ids: dict[str, Any] = {"passage_id": torch.arange(4), "negative_id": torch.arange(4)}
     for negatives in ("own", "all"):
         kept = contrastive_loss(QUERY, PASSAGE, prefixes=(8,), temperature=0.5, **OWN, **ids, negatives=negatives).loss
         plain = contrastive_loss(QUERY, PASSAGE, prefixes=(8,), temperature=0.5).loss
@@ -133,7 +133,7 @@ def test_rows_on_two_ranks_give_the_loss_of_one():
         ).loss
         for o in (0, 2)
     ]
-    assert (sum(halves) / 2).item() == pytest.approx(whole.item(), rel=1e-12)
+    assert torch.stack(halves).mean().item() == pytest.approx(whole.item(), rel=1e-12)
 
 
 def test_a_nearly_solved_batch_keeps_its_digits():

@@ -1,12 +1,13 @@
 """Promises of decoding: every format arrives in its documented shape, limits hold, bad bytes get one clear error."""
 
 import io
+from typing import Any
 
 import av
 import numpy as np
 import pytest
-from conftest import picture_bytes, sound_bytes
 from PIL import Image
+from samples import picture_bytes, sound_bytes
 
 from datamodules.decode import DecodeLimits, decode_part
 from datamodules.sample import Part
@@ -18,7 +19,7 @@ def video_bytes(format: str, codec: str, *, seconds: int, rate: int, size: int =
     """A clip whose brightness is 20 × the second shown."""
     file = io.BytesIO()
     with av.open(file, "w", format=format) as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream: Any = container.add_stream(codec, rate=rate)
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
         for n in range(seconds * rate):
@@ -108,6 +109,7 @@ def test_a_page_may_be_a_picture():
         ("page", pdf_bytes(7), "pdf", LIMITS, "has 7 pages; allowed: 1 to 6"),
         ("page", b"%PDF-1.4", "pdf", LIMITS, "does not decode"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_be_used_gets_one_clear_error(kind, data, format, limits, message):
     with pytest.raises(ValueError, match=message):

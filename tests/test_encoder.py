@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import TINY_TEXT
+from samples import TINY_TEXT
 
 from datamodules.processors.composed import Inputs
 from datamodules.sample import Item, Part
@@ -105,7 +105,7 @@ def test_a_cut_vector_is_a_unit_vector(tiny_encoder, processor):
 
 def test_projection_goes_up_and_down_on_request(tiny_config):
     encoder = Embedder(dataclasses.replace(tiny_config, hidden_dim=64))
-    assert [tuple(layer.weight.shape) for layer in encoder.projection] == [(64, 32), (16, 64)]
+    assert [tuple(weight.shape) for weight in encoder.projection.parameters()] == [(64, 32), (16, 64)]
 
 
 @pytest.mark.parametrize("prefixes", [(8, 4, 16), (4, 8), (4, 32), ()])

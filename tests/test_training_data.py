@@ -3,11 +3,13 @@
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from datamodules.collate import Collate, with_prompt
+from datamodules.decode import DecodeLimits, decode_example
 from datamodules.processors.composed import ProcessorConfig
 from datamodules.sample import Example, content_id_of_label, media_item, text_item
 from datamodules.shards import Split, write_split
@@ -79,7 +81,7 @@ def test_a_batch_is_one_tasks_with_its_own_size_and_negatives(world, tmp_path):
         spec = TASKS[batch.task]
         assert len(batch.keys) == len(batch.query) == len(batch.target) == spec.batch_size
         split = Split(world / spec.shards)
-        by_key = {key: split.read(position) for position, key in enumerate(split.keys)}
+        by_key: dict[str, Any] = {key: split.read(position) for position, key in enumerate(split.keys)}
         assert batch.target_id.tolist() == [by_key[key].target.content_id for key in batch.keys]
         if spec.negatives:
             assert batch.negative_row is not None
@@ -93,7 +95,7 @@ def test_prompts_are_dropped_at_random_and_never_put_on_media(world, tmp_path):
     data = data_of(world, tmp_path, prompt_dropout=0.5)
     image = [batch for batch in batches(data, 27) if batch.task == "world/text-image"]
     texts = [data.processor.tokenizer.decode(row[row > 1]) for batch in image for row in batch.query.token_ids]
-    share = sum(text.startswith("task: search result | query: ") for text in texts) / len(texts)
+    share = sum(str(text).startswith("task: search result | query: ") for text in texts) / len(texts)
     assert 0.3 < share < 0.7
     picture = media_item("image", b"x", "png")
     assert with_prompt(picture, "task: {text}") is picture
@@ -110,10 +112,7 @@ def test_passages_without_a_title_say_none():
 
 def test_targets_with_equal_labels_are_equal_on_request(processor):
     examples = [Example(str(n), text_item(f"q{n}"), text_item(f"t{n}"), label="joy" if n < 2 else "fear") for n in range(3)]
-    decoded = [dataclasses.replace(e) for e in examples]
-    from datamodules.decode import DecodeLimits, decode_example
-
-    decoded = [decode_example(example, DecodeLimits()) for example in decoded]
+    decoded = [decode_example(example, DecodeLimits()) for example in examples]
     batch = Collate({"t": TaskSpec("x", same_target="label")}, processor, 0.0, 0)("t", 0, decoded)
     assert batch.target_id.tolist() == [content_id_of_label(label) for label in ("joy", "joy", "fear")]
     with pytest.raises(ValueError, match="has no label"):
