@@ -10,22 +10,21 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from datamodules.sample import TEXT_KINDS, Item, Part
+from lightning_modules.charts import Line, chart_of, hues_of, legend_of, smoothed
 
 # Our choice, so that a page of twenty benchmarks still opens at once.
 MAX_QUERIES = 8
 MAX_FOUND = 5
 MAX_MEDIA_BYTES = 16 * 2**20
-MAX_POINTS = 400
 
 SUBTYPES = {name: name for name in ("flac", "jpeg", "mp4", "ogg", "pdf", "png", "wav", "webm", "webp")}
 SUBTYPES |= {"jpg": "jpeg", "mp3": "mpeg"}
@@ -118,23 +117,13 @@ class Score:
         return self.metric if self.dtype == "float32" else f"{self.metric} · {self.dtype}"
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A line of a chart in data coordinates; `look` is its CSS class, `hue` its colour in degrees."""
-
-    points: Sequence[tuple[float, float]]
-    hue: float
-    look: str = ""
-    is_labelled: bool = False
-
-
 def write_report(
     path: Path, *, title: str, rows: list[dict], curves: dict[str, Path], neighbours: list[Neighbours], facts: dict[str, str]
 ) -> None:
     """Write the page; at `path` there is afterwards a whole page or what was there before.
 
-    Size is bounded: `MAX_QUERIES` queries per benchmark, `MAX_FOUND` found items each, `MAX_POINTS` points per line;
-    media beyond `MAX_MEDIA_BYTES` are named instead of embedded.
+    Size is bounded: `MAX_QUERIES` queries per benchmark, `MAX_FOUND` found items each, `charts.MAX_POINTS` points per
+    line; media beyond `MAX_MEDIA_BYTES` are named instead of embedded.
 
     Args:
         path: The HTML file; its folder must exist.
@@ -245,16 +234,16 @@ def _prefix_section(scores: list[Score]) -> str:
     for score in scores:
         if score.is_headline:
             groups[score.benchmark].append(score)
-    hues = _hues(score.dtype for score in scores)
+    hues = hues_of(score.dtype for score in scores)
     figures = []
     for benchmark, group in groups.items():
         lines = [Line(sorted(score.values.items()), hues[score.dtype], "", is_labelled=len(group) == 1) for score in group]
-        chart = _chart(
+        chart = chart_of(
             lines, x_label="prefix (dimensions)", y_label=group[0].metric, prefixes=_prefixes(group), chance=group[0].chance
         )
         figures.append(f"<figure><figcaption><b>{escape(benchmark)}</b></figcaption>{chart}</figure>")
     return (
-        f'<section id="prefixes"><h2>Score by prefix</h2>{_legend(hues, (("chance", "chance"),))}'
+        f'<section id="prefixes"><h2>Score by prefix</h2>{legend_of(hues, (("chance", "chance"),))}'
         f'<div class="charts">{"".join(figures)}</div></section>'
     )
 
@@ -263,28 +252,28 @@ def _curves_section(curves: dict[str, Path]) -> str:
     runs = {run: _read_curves(path) for run, path in curves.items()}
     names = (re.fullmatch(r"train/(.+)/loss", column) for columns in runs.values() for column in columns)
     tasks = dict.fromkeys(name[1] for name in names if name)
-    hues = _hues(runs)
+    hues = hues_of(runs)
     looks = (("raw values", "line faint"), ("positive cosine", "line"), ("negative cosine", "line dashed"))
     body = "".join(_task_figure(task, runs, hues) for task in tasks) or "<p>No loss was logged.</p>"
     return (
         '<section id="curves"><h2>Training</h2><p class="note">Lines are running means over a thirtieth of the run; '
         "the number beside a task is where its smoothed loss ends.</p>"
-        f'{_legend(hues, looks)}<div class="charts">{body}</div></section>'
+        f'{legend_of(hues, looks)}<div class="charts">{body}</div></section>'
     )
 
 
 def _task_figure(task: str, runs: dict[str, dict[str, list]], hues: dict[str, float]) -> str:
     losses, cosines, ends = [], [], []
     for run, columns in runs.items():
-        lines = _smoothed(columns.get(f"train/{task}/loss", []), hues[run], "")
+        lines = smoothed(columns.get(f"train/{task}/loss", []), hues[run], "")
         losses += lines
-        cosines += _smoothed(columns.get(f"train/{task}/positive_cosine", []), hues[run], "")
-        cosines += _smoothed(columns.get(f"train/{task}/negative_cosine", []), hues[run], " dashed")
+        cosines += smoothed(columns.get(f"train/{task}/positive_cosine", []), hues[run], "")
+        cosines += smoothed(columns.get(f"train/{task}/negative_cosine", []), hues[run], " dashed")
         ends += [f'<span class="run" style="--hue: {hues[run]:g}">{lines[-1].points[-1][1]:.3g}</span>'] if lines else []
         lost = sum(not math.isfinite(value) for _, value in columns.get(f"train/{task}/loss", []))
         ends += [f"<small>{escape(run)}: {lost} losses are not finite</small>"] if lost else []
-    charts = _chart(losses, x_label="step", y_label="loss")
-    charts += _chart(cosines, x_label="step", y_label="cosine") if cosines else ""
+    charts = chart_of(losses, x_label="step", y_label="loss")
+    charts += chart_of(cosines, x_label="step", y_label="cosine") if cosines else ""
     return f"<figure><figcaption><b>{escape(task)}</b>{''.join(ends)}</figcaption>{charts}</figure>"
 
 
@@ -299,92 +288,6 @@ def _read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
                 if name.startswith("train/"):
                     columns[name].append((float(row["step"]), float(row[name])))
     return columns
-
-
-def _smoothed(points: list[tuple[float, float]], hue: float, look: str) -> list[Line]:
-    """The raw line and its centred running mean, thinned to at most `MAX_POINTS`; no line without finite points."""
-    kept = np.array(sorted(point for point in points if math.isfinite(point[1])))
-    if not len(kept):
-        return []
-    window = np.ones(len(kept) // 30 | 1)
-    mean = np.convolve(kept[:, 1], window, "same") / np.convolve(np.ones(len(kept)), window, "same")
-    thin = np.unique(np.linspace(0, len(kept) - 1, min(len(kept), MAX_POINTS)).round().astype(int))
-    return [
-        Line(kept[thin].tolist(), hue, f"faint{look}"),
-        Line(np.column_stack([kept[:, 0], mean])[thin].tolist(), hue, look.strip()),
-    ]
-
-
-def _chart(lines: list[Line], *, x_label: str, y_label: str, prefixes: Sequence[int] = (), chance: float | None = None) -> str:
-    """An SVG of `lines`; with `prefixes` x is logarithmic in base 2 and y a score, else both fit the data."""
-    points = [point for line in lines for point in line.points if math.isfinite(point[1])]
-    if not points:
-        return '<p class="note">nothing finite to draw</p>'
-    xs, ys = zip(*points, strict=True)
-    if prefixes:
-        log_of = _scale(math.log2(prefixes[0]) - 0.3, math.log2(prefixes[-1]) + 0.3, 48, 340)
-        x_of, x_ticks, y_ticks = (lambda x: log_of(math.log2(x))), prefixes, _ticks(min(0, *ys), 1)
-    else:
-        x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
-        x_of = _scale(x_ticks[0], x_ticks[-1], 48, 340)
-    y_of = _scale(y_ticks[0], y_ticks[-1], 146, 26)
-    parts = [f'<line class="grid" x1="48" x2="340" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>' for y in y_ticks]
-    parts += [f'<text x="42" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>' for y in y_ticks]
-    parts += [f'<text x="{x_of(x):.1f}" y="163" text-anchor="middle">{x:,.6g}</text>' for x in _apart(x_ticks, x_of)]
-    parts += [f'<text x="0" y="11">{escape(y_label)}</text><text x="340" y="182" text-anchor="end">{x_label}</text>']
-    if chance is not None:
-        parts.append(f'<line class="chance" x1="48" x2="340" y1="{y_of(chance):.1f}" y2="{y_of(chance):.1f}"/>')
-    parts += [_drawn(line, x_of, y_of) for line in lines]
-    return f'<svg viewBox="0 0 360 188" role="img" aria-label="{escape(y_label)} by {x_label}">{"".join(parts)}</svg>'
-
-
-def _drawn(line: Line, x_of: Callable[[float], float], y_of: Callable[[float], float]) -> str:
-    finite = [(x, y) for x, y in line.points if math.isfinite(y)]
-    path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in finite)
-    drawn = f'<polyline class="line {line.look}" points="{path}"/>'
-    if len(finite) <= 12:
-        drawn += "".join(f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.4"/>' for x, y in finite)
-    if line.is_labelled:
-        labels = _apart([x for x, _ in finite], x_of)
-        drawn += "".join(
-            f'<text class="value" x="{x_of(x):.1f}" y="{y_of(y) - 6:.1f}" text-anchor="middle">{y:.3f}</text>'
-            for x, y in finite
-            if x in labels
-        )
-    return f'<g style="--hue: {line.hue:g}">{drawn}</g>'
-
-
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    return lambda value: start + (value - low) / ((high - low) or 1) * (end - start)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers that enclose the data."""
-    from matplotlib.ticker import MaxNLocator
-
-    return list(map(float, MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3).tick_values(low, high)))
-
-
-def _apart(xs: Sequence[float], x_of: Callable[[float], float]) -> list[float]:
-    """Those of the ascending `xs` that can be labelled without touching; the last always can."""
-    kept: list[float] = []
-    for x in reversed(xs):
-        if not kept or x_of(kept[-1]) - x_of(x) >= 34:
-            kept.append(x)
-    return kept
-
-
-def _hues(names: Iterable[str]) -> dict[str, float]:
-    """A colour for every name, as far from the others as the golden angle brings it."""
-    return {name: (250 + 137.5 * index) % 360 for index, name in enumerate(dict.fromkeys(names))}
-
-
-def _legend(hues: dict[str, float], looks: tuple[tuple[str, str], ...]) -> str:
-    """A line for every colour and, uncoloured, for every way of drawing."""
-    swatch = '<svg viewBox="0 0 28 8"><line x1="0" x2="28" y1="4" y2="4" class="{}" style="{}"/></svg>'
-    entries = [swatch.format("line", f"--hue: {hue:g}") + escape(name) for name, hue in hues.items()]
-    entries += [swatch.format(look, "stroke: var(--soft)") + name for name, look in looks]
-    return f'<p class="legend">{"".join(f"<span>{entry}</span>" for entry in entries)}</p>'
 
 
 def _neighbours_section(neighbours: list[Neighbours]) -> str:

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from datamodules.sample import Item, Part, media_item, text_item
-from lightning_modules import report
+from lightning_modules import charts, report
 from lightning_modules.report import Neighbours, results_table, write_report
 
 PREFIXES = (64, 128, 256, 512, 768)
@@ -164,12 +164,12 @@ def test_curves_are_drawn_for_each_task_and_run(page: Path) -> None:
         assert ">loss</text>" in loss
     for points in re.findall(r'points="(.*?)"', section):
         places = [tuple(map(float, place.split(","))) for place in points.split()]
-        assert 10 < len(places) <= report.MAX_POINTS
+        assert 10 < len(places) <= charts.MAX_POINTS
         assert all(48 <= x <= 340 and 26 <= y <= 146 for x, y in places)
 
 
 def test_smoothing_keeps_a_straight_line_and_the_first_and_last_step() -> None:
-    raw, mean = report._smoothed([(step, 3.0) for step in range(1000)], 0, "")
+    raw, mean = charts.smoothed([(step, 3.0) for step in range(1000)], 0, "")
     assert [raw.points[0][0], raw.points[-1][0]] == [0, 999]
     assert np.allclose([value for _, value in mean.points], 3.0, rtol=1e-12)
 

@@ -6,10 +6,9 @@ run() { echo "+ $*"; local began=$SECONDS; "$@"; echo "= $((SECONDS - began)) s"
 stage() { run .venv/bin/python train.py "$@"; }
 
 stage conf=prepare source="$source" out=shards/pack
-stage conf=prefinetune data.root=shards/pack trainer.max_steps=4000 trainer.default_root_dir=runs/first_light/prefinetune
+stage conf=first_light/prefinetune
 for seed in 1 2; do
-  stage conf=finetune data.root=shards/pack model.init_from=runs/first_light/prefinetune/encoder data.seed=$seed \
-    trainer.max_steps=600 trainer.default_root_dir=runs/first_light/finetune-$seed
+  stage conf=first_light/finetune data.seed=$seed trainer.default_root_dir=runs/first_light/finetune-$seed
 done
 stage conf=soup checkpoints=[runs/first_light/finetune-1/encoder,runs/first_light/finetune-2/encoder] out=runs/first_light/encoder
 stage conf=evaluate checkpoint=runs/first_light/encoder root=shards/pack out=runs/first_light \
