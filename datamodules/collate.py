@@ -115,10 +115,10 @@ def target_id(example: Example, spec: TaskSpec) -> int:
         ValueError: The task compares labels and the example has none.
     """
     assert example.target is not None
-    if spec.same_target == "content":
+    if spec.kind in ("retrieval", "similarity"):
         return example.target.content_id
     if example.label is None:
-        raise ValueError(f"example {example.key!r} has no label, but its task says `same_target: label`")
+        raise ValueError(f"example {example.key!r} has no label, which a task of kind {spec.kind} compares")
     return content_id_of_label(example.label)
 
 

@@ -28,7 +28,7 @@ class Source:
 
 
 class StepStream(IterableDataset[Batch]):
-    """Batches of the steps from `first_step` on, for one rank, without end.
+    """Batches of the steps from `first_step` up to `num_steps`, for one rank; its length is that of the whole run.
 
     Worker w of W makes steps first_step + w, + W, ..; the loader takes from workers in turn, so the order is the plan's
     whatever their number.
@@ -38,22 +38,33 @@ class StepStream(IterableDataset[Batch]):
         sources: Task name to its examples.
         collate: Examples to a batch.
         first_step: Where to begin.
+        num_steps: Steps of the whole run.
         rank: This process's place.
         world_size: Number of processes; every task's batch size is a multiple of it.
     """
 
     def __init__(
-        self, plan: Plan, sources: Mapping[str, Source], collate: Collate, *, first_step: int, rank: int, world_size: int
+        self,
+        plan: Plan,
+        sources: Mapping[str, Source],
+        collate: Collate,
+        *,
+        first_step: int,
+        num_steps: int,
+        rank: int,
+        world_size: int,
     ) -> None:
         self.plan, self.sources, self.collate = plan, sources, collate
-        self.first_step, self.rank, self.world_size = first_step, rank, world_size
+        self.first_step, self.num_steps, self.rank, self.world_size = first_step, num_steps, rank, world_size
+
+    def __len__(self) -> int:
+        return self.num_steps
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         step, stride = (self.first_step, 1) if worker is None else (self.first_step + worker.id, worker.num_workers)
-        while True:
-            yield self.batch_of(step)
-            step += stride
+        for planned in range(step, self.num_steps, stride):
+            yield self.batch_of(planned)
 
     def batch_of(self, step: int) -> Batch:
         task, _ = self.plan.task_of(step)

@@ -29,21 +29,22 @@ class TaskSpec:
 
     Args:
         shards: The split's folder below the data root.
+        kind: What is learnt. It says when the loss's mask takes two targets for the same thing: in `classification` and
+            `clustering` when their labels are equal, in `retrieval` and `similarity` when their content is.
         query_prompt: Template around the query's text, None for none.
         target_prompt: Template around the text of targets and hard negatives, None for none.
         rate: Share of the steps, relative to the other tasks' rates; 0 leaves the task out.
         batch_size: Examples of a batch over all ranks.
         negatives: Hard negatives used of each example (fewer where it has fewer).
-        same_target: What makes two targets equal to the loss's mask: their `content`, or their `label`.
     """
 
     shards: str
+    kind: Literal["retrieval", "similarity", "classification", "clustering"] = "retrieval"
     query_prompt: str | None = None
     target_prompt: str | None = None
     rate: float = 1.0
     batch_size: int = 64
     negatives: int = 0
-    same_target: Literal["content", "label"] = "content"
 
     def __post_init__(self) -> None:
         _check_template("query_prompt", self.query_prompt)

@@ -99,6 +99,7 @@ class TrainingData(L.LightningDataModule):
             {name: Source(split, self.processor.config.decode) for name, split in self.splits.items()},
             Collate(self.tasks, self.processor, self.prompt_dropout, self.seed),
             first_step=self.next_step,
+            num_steps=self.trainer.max_steps * self.trainer.accumulate_grad_batches,
             rank=self.trainer.global_rank,
             world_size=world_size,
         )

@@ -17,7 +17,9 @@ from datamodules.tasks import BenchmarkSpec, TaskSpec, modalities_of
 from datamodules.training import TrainingData
 
 TASKS = {
-    "world/text-image": TaskSpec("world/text-image/train", "task: search result | query: {text}", batch_size=8, negatives=1),
+    "world/text-image": TaskSpec(
+        "world/text-image/train", query_prompt="task: search result | query: {text}", batch_size=8, negatives=1
+    ),
     "world/text-text": TaskSpec("world/text-text/train", batch_size=4, rate=2.0),
 }
 
@@ -29,6 +31,8 @@ def data_of(world: Path, tmp_path: Path, *, rank=0, world_size=1, **arguments) -
     data.trainer = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
         world_size=world_size,
         global_rank=rank,
+        max_steps=30,
+        accumulate_grad_batches=1,
         default_root_dir=str(tmp_path),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=4)),
     )
@@ -113,10 +117,10 @@ def test_passages_without_a_title_say_none():
 def test_targets_with_equal_labels_are_equal_on_request(processor):
     examples = [Example(str(n), text_item(f"q{n}"), text_item(f"t{n}"), label="joy" if n < 2 else "fear") for n in range(3)]
     decoded = [decode_example(example, DecodeLimits()) for example in examples]
-    batch = Collate({"t": TaskSpec("x", same_target="label")}, processor, 0.0, 0)("t", 0, decoded)
+    batch = Collate({"t": TaskSpec("x", kind="classification")}, processor, 0.0, 0)("t", 0, decoded)
     assert batch.target_id.tolist() == [content_id_of_label(label) for label in ("joy", "joy", "fear")]
     with pytest.raises(ValueError, match="has no label"):
-        Collate({"t": TaskSpec("x", same_target="label")}, processor, 0.0, 0)(
+        Collate({"t": TaskSpec("x", kind="classification")}, processor, 0.0, 0)(
             "t", 0, [dataclasses.replace(decoded[0], label=None)]
         )
 
