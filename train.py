@@ -7,6 +7,7 @@ are the same run. `python train.py` lists the stages, `python train.py conf=fine
 `run:` in a configuration names what runs: a LightningModule (trained with `datamodules.training.TrainingData`) or a function.
 """
 
+import errno
 import importlib
 import importlib.metadata
 import inspect
@@ -194,6 +195,8 @@ def _quiet_libraries() -> None:
 
 def clear_message(error: Exception) -> str:
     """What went wrong in one line, the parser's nested report joined, with the keys that would have been accepted."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error}); free some space or choose another folder. Nothing half-written was left"
     text = str(error) or repr(error)
     if "Traceback" in text:  # from a loader's worker: the error itself is the last line
         text = text.strip().splitlines()[-1].partition(": ")[2]
@@ -215,6 +218,8 @@ if __name__ == "__main__":
     _quiet_libraries()
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("stopped by hand")
     except (ValueError, OSError, ArgumentError) as error:
         if os.environ.get("TRACEBACK"):
             raise

@@ -150,7 +150,7 @@ class Split:
         folder: The split's folder.
 
     Raises:
-        ValueError: No split lies there, a shard is missing or has another size, or an index was changed.
+        ValueError: No split lies there, it is empty, a shard is missing or has another size, or an index was changed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -170,6 +170,10 @@ class Split:
         self._files: dict[str, int] = {}
         for shard in self.manifest["shards"]:
             self._open_index(shard)
+        if not self.keys:
+            raise ValueError(
+                f"the split {self.folder} is empty; prepare it again from a source that has examples, or leave it out"
+            )
 
     def _open_index(self, shard: Mapping[str, Any]) -> None:
         tar, index_file = self.folder / shard["name"], (self.folder / shard["name"]).with_suffix(".index.json")

@@ -58,6 +58,13 @@ def test_a_page_is_cut_into_tiles_row_by_row(processor):
     assert tiles[1].min() == 200
 
 
+def test_tiles_run_along_rows_first(processor):
+    config = dataclasses.replace(processor.config, page_grid=(2, 3))
+    page = np.repeat(np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3), 64, 0), 64, 1)[..., None].repeat(3, 2)
+    tiles = ComposedProcessor(config, processor.tokenizer).views("page", [page, page + 10])
+    assert [(tile.min().item(), tile.max().item()) for tile in tiles] == [(n + m, n + m) for m in (0, 10) for n in range(6)]
+
+
 def test_a_higher_pitch_stands_higher_in_the_spectrogram(processor):
     time = np.arange(16_000, dtype=np.float32) / 16_000
     rows = [

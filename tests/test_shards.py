@@ -81,6 +81,9 @@ def test_a_missing_short_or_changed_shard_is_refused_at_the_door(tmp_path):
     with pytest.raises(ValueError, match="was changed after it was written"):
         Split(tmp_path / "train")
     manifest = fresh() / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "shards": [], "num_examples": 0}))
+    with pytest.raises(ValueError, match="is empty"):
+        Split(tmp_path / "train")
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": "polyphony-shards/9"}))
     with pytest.raises(ValueError, match="this version reads"):
         Split(tmp_path / "train")

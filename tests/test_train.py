@@ -1,6 +1,7 @@
 """Promises of train.py: both command forms are one run, wrong keys are refused by name, a stopped run goes on exactly."""
 
 import csv
+import errno
 import os
 import subprocess
 import sys
@@ -140,6 +141,11 @@ def test_what_a_person_gets_wrong_gets_one_sentence(arguments, message, monkeypa
     shown = train.clear_message(caught.value)
     assert message in shown
     assert "\n" not in shown
+
+
+def test_a_full_disk_is_called_so():
+    shown = train.clear_message(OSError(errno.ENOSPC, "No space left on device"))
+    assert shown.startswith("the disk is full")
 
 
 def test_errors_end_with_a_sentence_and_no_traceback():
