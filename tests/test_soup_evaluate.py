@@ -2,15 +2,20 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from datamodules.sample import Example, text_item
+from datamodules.collate import Collate
+from datamodules.decode import DecodeLimits, decode_example
+from datamodules.sample import Example, Item, Part, text_item
 from datamodules.shards import write_split
-from datamodules.tasks import BenchmarkSpec
+from datamodules.tasks import BenchmarkSpec, TaskSpec
 from lightning_modules.encoder.checkpoint import load_encoder, read_provenance, read_weights, save_encoder
 from lightning_modules.evaluate import Judge, evaluate
+from lightning_modules.finetune import FineTune
+from lightning_modules.objective.objective import ObjectiveConfig
 from lightning_modules.soup import soup
 
 WORLD = {
@@ -156,3 +161,56 @@ def test_what_cannot_be_judged_is_refused(tiny_encoder, processor, world, benchm
     judge = Judge(tiny_encoder, processor, world, batch_size=16, num_workers=0, device="cpu")
     with pytest.raises(ValueError, match=message):
         judge.results(benchmarks, prefixes)
+
+
+def test_prompts_stay_with_the_side_that_the_split_stores(tiny_encoder, processor, tmp_path):
+    write_split(tmp_path / "pairs", [Example(f"p{n}", text_item(f"q{n}"), text_item(f"t{n}")) for n in range(3)])
+    prompts = {"query_prompt": "task: {text}", "target_prompt": "title: {title} | text: {text}"}
+    for reverse in (False, True):
+        judge = Judge(tiny_encoder, processor, tmp_path, batch_size=2, num_workers=0, device="cpu")
+        judge.results({"p/text-text": BenchmarkSpec("retrieval", "pairs", **prompts, reverse=reverse)}, [16])
+        for column, texts in (("query", ["task: q{}"]), ("target", ["title: none | text: t{}"])):
+            prompt = prompts[f"{column}_prompt"]
+            items = [Item((Part("text", text.format(n), content=text.format(n)),)) for text in texts for n in range(3)]
+            with torch.no_grad():
+                expected = tiny_encoder(processor(items))
+            torch.testing.assert_close(judge._columns[("pairs", column, prompt)].vectors, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_grade_of_zero_is_not_relevant(tiny_encoder, processor, tmp_path):
+    write_split(tmp_path / "corpus", [Example(f"d{n}", target=text_item(f"document {n}")) for n in range(10)])
+    write_split(tmp_path / "queries", [Example("q", text_item("query"), relevant={"d0": 1.0, "d1": 0.0, "d2": 0.0})])
+    judge = Judge(tiny_encoder, processor, tmp_path, batch_size=2, num_workers=0, device="cpu")
+    rows, _ = judge.results({"docs/text-text": BenchmarkSpec("retrieval", "queries", corpus="corpus")}, [16])
+    assert rows[0]["chance"] == pytest.approx(1 / 10)
+
+
+def test_a_reversed_classification_judges_the_targets(tiny_encoder, processor, tmp_path):
+    examples = [
+        Example(f"c{n}", text_item("same"), text_item(("cat", "0123")[n % 2]), label=("a", "b")[n % 2]) for n in range(8)
+    ]
+    write_split(tmp_path / "classes", examples)
+    judge = Judge(tiny_encoder, processor, tmp_path, batch_size=4, num_workers=0, device="cpu")
+    probe = {}
+    for reverse in (False, True):
+        spec = BenchmarkSpec("classification", "classes", train="classes", reverse=reverse)
+        rows, _ = judge.results({"c/text-text": spec}, [16])
+        probe[reverse] = rows[0]["value"]
+    assert probe == {False: 0.5, True: 1.0}
+
+
+def test_hard_negatives_and_the_runs_progress_reach_the_loss(tiny_config, processor):
+    examples = [Example(str(n), text_item(f"a{n}"), text_item(f"b{n}"), (text_item(f"c{n}"),)) for n in range(4)]
+    decoded = [decode_example(example, DecodeLimits()) for example in examples]
+    stage = FineTune(tiny_config, objective=ObjectiveConfig(centring=0.5))
+    stage.log = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
+
+    def loss(num_negatives: int, step: int) -> float:
+        stage._trainer = SimpleNamespace(max_steps=10, global_step=step)  # pyright: ignore[reportAttributeAccessIssue]
+        batch = Collate({"t": TaskSpec("x", negatives=num_negatives)}, processor, 0.0, 0)("t", 0, decoded)
+        with torch.no_grad():
+            return stage.training_step(batch, 0).item()
+
+    assert loss(1, 5) > loss(0, 5)
+    assert loss(0, 0) != loss(0, 2) != loss(0, 5)
+    assert loss(0, 5) == loss(0, 9)

@@ -154,3 +154,48 @@ def test_what_cannot_be_is_refused(world, tmp_path):
         BenchmarkSpec("classification", "x")
     with pytest.raises(ValueError, match="must be named"):
         modalities_of("world/text-smell")
+
+
+def collated(processor, spec: TaskSpec, examples: list[Example], *, step: int = 0, dropout: float = 0.0):
+    decoded = [decode_example(example, DecodeLimits()) for example in examples]
+    return Collate({"t": spec}, processor, dropout, 0)("t", step, decoded)
+
+
+def texts_of(processor, inputs) -> list[str]:
+    rows = zip(inputs.token_ids, inputs.attention_mask, strict=True)
+    return [str(processor.tokenizer.decode(row[mask.bool()][:-1])) for row, mask in rows]
+
+
+def test_targets_and_hard_negatives_carry_the_targets_prompt(processor):
+    spec = TaskSpec("x", query_prompt="q: {text}", target_prompt="title: {title} | text: {text}", negatives=2)
+    examples = [Example(str(n), text_item(f"a{n}"), text_item(f"b{n}"), (text_item(f"c{n}", title="t"),)) for n in range(2)]
+    batch = collated(processor, spec, examples)
+    assert texts_of(processor, batch.query) == ["q: a0", "q: a1"]
+    assert texts_of(processor, batch.target) == ["title: none | text: b0", "title: none | text: b1"]
+    assert texts_of(processor, batch.negative) == ["title: t | text: c0", "title: t | text: c1"]
+
+
+def test_equal_queries_have_equal_ids_and_hard_negatives_know_their_row(processor):
+    examples = [
+        Example("a", text_item("same"), text_item("x"), (text_item("n1"), text_item("n2"), text_item("n3"))),
+        Example("b", text_item("other"), text_item("y")),
+        Example("c", text_item(" same "), text_item("z"), (text_item("n1"),)),
+    ]
+    batch = collated(processor, TaskSpec("x", negatives=2), examples)
+    ids = batch.query_id.tolist()
+    assert ids[0] == ids[2] != ids[1]
+    assert batch.negative_row is not None
+    assert batch.negative_row.tolist() == [0, 0, 2]
+
+
+def test_each_step_drops_prompts_anew(processor):
+    examples = [Example(str(n), text_item(f"a{n}"), text_item("b")) for n in range(16)]
+    spec = TaskSpec("x", query_prompt="q: {text}")
+    dropped = [
+        tuple(
+            text.startswith("q: ")
+            for text in texts_of(processor, collated(processor, spec, examples, step=step, dropout=0.5).query)
+        )
+        for step in range(3)
+    ]
+    assert len(set(dropped)) == 3
