@@ -10,9 +10,11 @@ are the same run. `python train.py` lists the stages, `python train.py conf=fine
 import errno
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONF = Path(__file__).parent / "conf"
+CLASS_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*\.[A-Z]\w*")
 ALLOWED = ("lightning.pytorch.", "lightning_modules.", "datamodules.")  # what a configuration may name to be imported
 
 
@@ -33,6 +36,7 @@ def main(arguments: list[str]) -> None:
     if conf is None:
         print(__doc__, "\nStages:", ", ".join(stages()))
         return
+    OmegaConf.clear_resolver("oc.env")  # a saved configuration must not hold what the environment keeps secret
     config = compose(conf, overrides, resolve=not wants_help)
     target = named_object(config.pop("run", None), conf)
     if inspect.isclass(target):
@@ -89,7 +93,7 @@ def compose(conf: Path, overrides: list[str], *, resolve: bool = True) -> dict[s
         merged = _with_includes(conf, ())
         for override in overrides:
             name, _, value = override.partition("=")
-            OmegaConf.update(merged, name, OmegaConf.from_dotlist([f"value={value}"])["value"], merge=True)
+            OmegaConf.update(merged, name, _parsed(override, value), merge=False)
         missing = OmegaConf.missing_keys(merged) if resolve else ()
         if missing:
             raise ValueError(f"{conf} needs a value for {', '.join(sorted(missing))}; add key=value to the command")
@@ -118,16 +122,30 @@ def _with_includes(path: Path, above: tuple[Path, ...]) -> DictConfig:
     return merged
 
 
+def _parsed(override: str, value: str) -> Any:
+    try:
+        return OmegaConf.from_dotlist([f"value={value}"])["value"]
+    except Exception as error:  # YAML's own errors
+        raise ValueError(f"{override!r} has a value that is no YAML: {' '.join(str(error).split())}") from error
+
+
 def _check_class_paths(value: Any) -> None:
-    """Configuration is not code: what it names to be imported must begin with an allowed prefix."""
+    """Configuration is not code: what it names to be imported must begin with an allowed prefix.
+
+    A string alone can name a class as `class_path` does (`trainer.logger=package.Logger`), so every dotted name ending in a
+    class's capital letter is looked at.
+    """
+    if isinstance(value, str):
+        if CLASS_NAME.fullmatch(value) and not value.startswith(ALLOWED):
+            raise ValueError(f"the class {value!r} is not allowed; it must begin with one of {', '.join(ALLOWED)}")
+        return
     if isinstance(value, dict):
         named = value.get("class_path")
         if named is not None and not str(named).startswith(ALLOWED):
             raise ValueError(f"class_path {named!r} is not allowed; it must begin with one of {', '.join(ALLOWED)}")
         value = value.values()
-    if not isinstance(value, str) and hasattr(value, "__iter__"):
-        for inner in value:
-            _check_class_paths(inner)
+    for inner in value if hasattr(value, "__iter__") else ():
+        _check_class_paths(inner)
 
 
 def named_object(name: Any, conf: Path) -> Any:
@@ -135,9 +153,10 @@ def named_object(name: Any, conf: Path) -> Any:
     module, _, attribute = str(name).rpartition(".")
     if not module.startswith(("lightning_modules.", "datamodules.")):
         raise ValueError(f"{conf}: `run` is {name!r}; it must name a class or function of lightning_modules or datamodules")
-    found = getattr(importlib.import_module(module), attribute, None)
+    exists = all(importlib.util.find_spec(".".join(module.split(".")[:n])) for n in range(1, module.count(".") + 2))
+    found = getattr(importlib.import_module(module), attribute, None) if exists else None
     if found is None:
-        raise ValueError(f"{conf}: `run` is {name!r}, but {module} has no {attribute}")
+        raise ValueError(f"{conf}: `run` is {name!r}, but there is no such class or function")
     return found
 
 
@@ -145,11 +164,15 @@ def fit(stage: type, config: dict[str, Any], wants_help: bool) -> None:
     """Train a stage through the Lightning CLI, which refuses unknown keys and wrong types at every depth."""
     from lightning.pytorch.cli import LightningCLI
 
+    from datamodules.shards import replace_file
     from datamodules.training import TrainingData
 
     class StageCLI(LightningCLI):
         def before_fit(self) -> None:
-            keep_config(Path(self.trainer.default_root_dir), resolved)
+            replace_file(Path(self.trainer.default_root_dir) / "config.yaml", resolved)
+
+        def _parse_ckpt_path(self) -> None:
+            """Take no configuration from a checkpoint: it would be unpickled, and could name what to import."""
 
     resolved = OmegaConf.to_yaml(OmegaConf.create(config))  # before the parser puts its own objects into it
     sys.argv = sys.argv[:1]  # everything is in `arguments`; the CLI warns when both are there
@@ -164,14 +187,6 @@ def call(function: Any, config: dict[str, Any], wants_help: bool) -> None:
     if wants_help:
         parser.parse_args(["--help"])
     function(**parser.instantiate(parser.parse_object(config)).as_dict())
-
-
-def keep_config(run: Path, resolved: str) -> None:
-    """Write the resolved configuration beside the run's checkpoints."""
-    run.mkdir(parents=True, exist_ok=True)
-    beside = run / f".config.yaml.{os.getpid()}.partial"
-    beside.write_text(resolved)
-    beside.replace(run / "config.yaml")
 
 
 def _refuse_shadowed_kernels() -> None:

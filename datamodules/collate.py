@@ -91,7 +91,7 @@ class Collate:
         if negatives:
             hard = {
                 "negative": self.processor([with_prompt(item, spec.target_prompt) for _, item in negatives]),
-                "negative_id": _ids(item.content_id for _, item in negatives),
+                "negative_id": _ids(negative_id(item, spec) for _, item in negatives),
                 "negative_row": torch.tensor([row for row, _ in negatives]),
             }
         return Batch(
@@ -120,6 +120,13 @@ def target_id(example: Example, spec: TaskSpec) -> int:
     if example.label is None:
         raise ValueError(f"example {example.key!r} has no label, which a task of kind {spec.kind} compares")
     return content_id_of_label(example.label)
+
+
+def negative_id(item: Item, spec: TaskSpec) -> int:
+    """What the mask compares of a hard negative: its content, or the class that its text names."""
+    if spec.kind in ("retrieval", "similarity") or not item.is_text:
+        return item.content_id
+    return content_id_of_label(" ".join(str(part.data) for part in item.parts))
 
 
 def with_prompt(item: Item, template: str | None) -> Item:

@@ -8,7 +8,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.collate import with_prompt
 from datamodules.processors.composed import ComposedProcessor, Inputs
-from datamodules.sample import Item
 from datamodules.shards import Split
 from datamodules.stream import Source
 from datamodules.training import loader_of
@@ -47,16 +46,9 @@ class Corpus(Dataset[CorpusBatch]):
         if batch >= len(self):
             raise IndexError(batch)
         last = min(len(self.source.split), (batch + 1) * self.batch_size)
-        items = [self._item(position) for position in range(batch * self.batch_size, last)]
+        items = [self.source.item(position, self.column) for position in range(batch * self.batch_size, last)]
         inputs = self.processor([with_prompt(item, self.prompt) for item in items])
         return CorpusBatch(inputs, torch.tensor([item.content_id for item in items]))
-
-    def _item(self, position: int) -> Item:
-        example = self.source.read(position)
-        item = getattr(example, self.column)
-        if item is None:
-            raise ValueError(f"{self.source.split.folder}: example {example.key!r} has no {self.column}")
-        return item
 
     def loader(self, num_workers: int) -> DataLoader[CorpusBatch]:
         """Batches in order, read by `num_workers` processes."""

@@ -15,7 +15,7 @@ import numpy as np
 import pypdfium2
 import soundfile
 from av.video.reformatter import VideoReformatter
-from PIL import Image
+from PIL import Image, ImageOps
 
 from datamodules.sample import TEXT_KINDS, Example, Item, Part
 
@@ -54,16 +54,17 @@ class DecodeLimits:
 
 def decode_example(example: Example, limits: DecodeLimits) -> Example:
     """The example with the content of every part filled in."""
-
-    def item(value: Item) -> Item:
-        return dataclasses.replace(value, parts=tuple(decode_part(part, limits) for part in value.parts))
-
     return dataclasses.replace(
         example,
-        query=None if example.query is None else item(example.query),
-        target=None if example.target is None else item(example.target),
-        negatives=tuple(item(negative) for negative in example.negatives),
+        query=None if example.query is None else decode_item(example.query, limits),
+        target=None if example.target is None else decode_item(example.target, limits),
+        negatives=tuple(decode_item(negative, limits) for negative in example.negatives),
     )
+
+
+def decode_item(item: Item, limits: DecodeLimits) -> Item:
+    """The item with the content of every part filled in."""
+    return dataclasses.replace(item, parts=tuple(decode_part(part, limits) for part in item.parts))
 
 
 def decode_part(part: Part, limits: DecodeLimits) -> Part:
@@ -86,11 +87,14 @@ def decode_part(part: Part, limits: DecodeLimits) -> Part:
 
 
 def decode_image(data: bytes, format: str, limits: DecodeLimits) -> np.ndarray:
-    """JPEG, PNG or WebP to uint8 (H, W, 3); transparency is laid on white."""
+    """JPEG, PNG or WebP to uint8 (H, W, 3), upright as EXIF says; transparency is laid on white, 16 bits are cut to 8."""
     if format not in IMAGE_FORMATS:
         raise RefusedError(f"image format {format!r} is not read; allowed: {', '.join(IMAGE_FORMATS)}")
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
         _check_pixels(image.width, image.height, limits)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

@@ -125,8 +125,8 @@ def media_item(kind: str, data: bytes, format: str) -> Item:
 
 
 def content_id_of_label(label: str) -> int:
-    """The identity of a class, for tasks whose targets are equal when their labels are."""
-    return text_item(f"label: {label}").content_id
+    """The identity of a class, for tasks whose targets are equal when their labels are; its readable form is the same class."""
+    return text_item(f"label: {label.replace('_', ' ')}").content_id
 
 
 def _fold(text: str) -> str:

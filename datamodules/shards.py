@@ -60,7 +60,7 @@ def write_split(
 
     Raises:
         ValueError: No example came, or a key came twice.
-        OSError: The disk is full or the place is not writable; what was begun is removed.
+        OSError: The disk is full or the place is not writable; what was begun is removed, a former split stays.
     """
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
@@ -74,9 +74,10 @@ def write_split(
         if folder.exists():
             shutil.rmtree(folder)
         beside.rename(folder)
-    except BaseException:
+    except OSError as error:
+        raise OSError(error.errno, f"could not write {folder}: {error.strerror or error}") from error
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        raise
     return num_examples
 
 
@@ -162,9 +163,7 @@ class Split:
                 f"no shards in {self.folder}: manifest.json is missing. "
                 + (f"Splits found beside it: {', '.join(found)}." if found else "Write them with conf=prepare or conf=world.")
             )
-        self.manifest = json.loads(manifest_file.read_text())
-        if self.manifest.get("format") != FORMAT:
-            raise ValueError(f"{manifest_file} has format {self.manifest.get('format')!r}, this version reads {FORMAT!r}")
+        self.manifest = _read_manifest(manifest_file)
         self.keys: list[str] = []
         self._members: list[tuple[str, list[Member]]] = []
         self._files: dict[str, int] = {}
@@ -225,6 +224,19 @@ class Split:
             os.close(descriptor)
 
 
+def _read_manifest(file: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); write the split again") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT or not isinstance(manifest.get("shards"), list):
+        raise ValueError(
+            f"{file} has format {found!r}, this version reads {FORMAT!r} with a list of shards; write the split again"
+        )
+    return manifest
+
+
 def to_record(example: Example) -> dict[str, Any]:
     """An example as WebDataset writes it: `__key__`, `json`, and one entry per media file."""
     files: dict[str, bytes] = {}
@@ -275,6 +287,23 @@ def from_record(key: str, files: Mapping[str, bytes]) -> Example:
         tuple(item(negative) for negative in record.get("negatives", ())),
         **{name: record.get(name) for name in ("label", "score", "relevant", "meta")},
     )
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file beside its place and rename it there; a former one stays until the new one is whole.
+
+    Raises:
+        OSError: The disk is full or the place not writable; names the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno, f"could not write {path}: {error.strerror}") from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -1,15 +1,18 @@
 """The planned examples of a step on this rank: read through the index, verified, decoded."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from datamodules.collate import Batch, Collate
-from datamodules.decode import DecodeLimits, decode_example
+from datamodules.decode import DecodeLimits, decode_example, decode_item
 from datamodules.plan import Plan
-from datamodules.sample import Example
+from datamodules.sample import Example, Item
 from datamodules.shards import Split
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,23 @@ class Source:
     limits: DecodeLimits
 
     def read(self, position: int) -> Example:
+        """A whole example, decoded."""
         example = self.split.read(position)
+        return self._named(example.key, lambda: decode_example(example, self.limits))
+
+    def item(self, position: int, column: str) -> Item:
+        """Only the query, or only the target, of an example, decoded."""
+        example = self.split.read(position)
+        item = getattr(example, column)
+        if item is None:
+            raise ValueError(f"{self.split.folder}: example {example.key!r} has no {column}")
+        return self._named(example.key, lambda: decode_item(item, self.limits))
+
+    def _named(self, key: str, decode: Callable[[], T]) -> T:
         try:
-            return decode_example(example, self.limits)
+            return decode()
         except ValueError as error:
-            raise ValueError(f"{self.split.folder}: example {example.key!r} cannot be used: {error}") from error
+            raise ValueError(f"{self.split.folder}: example {key!r} cannot be used: {error}") from error
 
 
 class StepStream(IterableDataset[Batch]):

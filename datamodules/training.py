@@ -75,9 +75,15 @@ class TrainingData(L.LightningDataModule):
         ):
             tokenizer = train_tokenizer(self._texts(), self.processor_config.vocab_size)
             beside = self._tokenizer_folder().with_suffix(f".{os.getpid()}.partial")
-            tokenizer.save_pretrained(beside)
-            shutil.rmtree(self._tokenizer_folder(), ignore_errors=True)
-            beside.rename(self._tokenizer_folder())
+            try:
+                tokenizer.save_pretrained(beside)
+                beside.rename(self._tokenizer_folder())
+            except Exception as error:  # tokenizers raises a bare Exception when the disk is full
+                raise OSError(
+                    f"could not write the tokenizer to {self._tokenizer_folder()}: {error}; is the disk full?"
+                ) from error
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
 
     def setup(self, stage: str) -> None:
         del stage
@@ -91,6 +97,10 @@ class TrainingData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.trainer is not None
         world_size = self.trainer.world_size
+        if self.trainer.max_epochs != 1:
+            raise ValueError(
+                f"trainer.max_epochs is {self.trainer.max_epochs}; the stream is one epoch long, set trainer.max_steps"
+            )
         for name, task in self.tasks.items():
             if task.batch_size % world_size:
                 raise ValueError(f"task {name!r}: batch_size {task.batch_size} is no multiple of the {world_size} ranks")
@@ -127,7 +137,8 @@ class TrainingData(L.LightningDataModule):
         """Beside the run, named by what it is trained on, so that other data never meets an old tokenizer."""
         assert self.trainer is not None
         assert self.processor_config is not None
-        described = f"{self._plan_digest()} {self.processor_config.vocab_size} {self.max_tokenizer_texts}"
+        prompts = {name: [task.query_prompt, task.target_prompt] for name, task in self.tasks.items()}
+        described = f"{self._plan_digest()} {self.processor_config.vocab_size} {self.max_tokenizer_texts} {prompts}"
         return Path(self.trainer.default_root_dir) / f"tokenizer-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
     def _texts(self) -> Iterator[str]:

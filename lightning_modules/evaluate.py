@@ -20,8 +20,9 @@ from datamodules.collate import with_prompt
 from datamodules.corpus import Corpus
 from datamodules.processors.composed import ComposedProcessor
 from datamodules.sample import Item, text_item
-from datamodules.shards import Split
+from datamodules.shards import Split, replace_file
 from datamodules.tasks import BenchmarkSpec, modalities_of
+from kernels.contrastive import check_prefixes
 from lightning_modules import metrics
 from lightning_modules.encoder.checkpoint import load_encoder, read_provenance, trainable
 from lightning_modules.encoder.embedder import Embedder, cut
@@ -57,10 +58,11 @@ def evaluate(
         device: `cpu`, `cuda`, or `auto` for the best there is.
     """
     began = time.perf_counter()
+    curves = _curves(runs or [])
     encoder, processor = load_encoder(checkpoint)
     judge = Judge(encoder, processor, Path(root), batch_size=batch_size, num_workers=num_workers, device=device)
     rows, neighbours = judge.results(benchmarks, prefixes)
-    write_json(Path(out) / "results.json", rows)
+    replace_file(Path(out) / "results.json", json.dumps(rows, indent=1))
     provenance = read_provenance(checkpoint)
     facts = {
         "checkpoint": checkpoint,
@@ -74,7 +76,7 @@ def evaluate(
         Path(out) / "report.html",
         title=f"Polyphony: {checkpoint}",
         rows=rows,
-        curves=_curves(runs or []),
+        curves=curves,
         neighbours=neighbours,
         facts={name: value for name, value in facts.items() if value},
     )
@@ -116,8 +118,7 @@ class Judge:
         if not benchmarks:
             raise ValueError("there is no benchmark to evaluate; add `include: [benchmarks/world]` or give benchmarks")
         widths = list(self.encoder.config.prefixes) if prefixes is None else prefixes
-        for width in widths:
-            cut(torch.zeros(1, self.encoder.config.embedding_dim), width)
+        check_prefixes(tuple(widths), self.encoder.config.embedding_dim)
         for name, spec in benchmarks.items():
             modalities_of(name)
             for folder in filter(None, (spec.shards, spec.corpus, spec.train)):
@@ -156,6 +157,12 @@ class Judge:
         relevant_QC = torch.zeros(len(queries.vectors), len(candidates.vectors), dtype=torch.bool)
         for query, candidate in pairs:
             relevant_QC[query, candidate] = True
+        lost = (~relevant_QC.any(1)).nonzero().flatten().tolist()
+        if lost:
+            key = self._split(spec.shards).keys[queries.first_row[lost[0]]]
+            raise ValueError(
+                f"benchmark {name!r}: {len(lost)} queries have nothing relevant, the first is {key!r}; take them out"
+            )
         chance = metrics.retrieval_chance(relevant_QC)
         score_QC = torch.empty(0)
         judged = Judged(name, len(queries.vectors), len(candidates.vectors))
@@ -181,6 +188,8 @@ class Judge:
                     yield query, candidates.place_of_row[row_of[key]]
 
     def _similarity(self, name: str, spec: BenchmarkSpec, widths: list[int]) -> "Judged":
+        for side, column in enumerate(("query", "target")):
+            self._check_modality(name, side, self._items(spec.shards, column, [0])[0])
         left = self._column(spec.shards, "query", spec.query_prompt).vectors
         right = self._column(spec.shards, "target", spec.target_prompt).vectors
         split = self._split(spec.shards)
@@ -198,6 +207,7 @@ class Judge:
     def _classification(self, name: str, spec: BenchmarkSpec, widths: list[int]) -> "Judged":
         assert spec.train is not None
         column = "target" if spec.reverse else "query"
+        self._check_modality(name, 0, self._items(spec.shards, column, [0])[0])
         judged_vectors = self._column(spec.shards, column, spec.query_prompt).vectors
         train_vectors = self._column(spec.train, column, spec.query_prompt).vectors
         labels, train_labels = self._labels(spec.shards), self._labels(spec.train)
@@ -238,7 +248,12 @@ class Judge:
         return self._splits[folder]
 
     def _items(self, folder: str, column: str, rows: list[int]) -> list[Item]:
-        return [getattr(self._split(folder).read(row), column) for row in rows]
+        items = [getattr(self._split(folder).read(row), column) for row in rows]
+        if None in items:
+            raise ValueError(
+                f"{self.root / folder}: example {self._split(folder).keys[rows[items.index(None)]]!r} has no {column}"
+            )
+        return items
 
     @torch.inference_mode()
     def _column(self, folder: str, column: str, prompt: str | None) -> "Column":
@@ -309,17 +324,6 @@ class Judged:
                     "num_candidates": self.num_candidates,
                 }
             )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write beside, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        beside.write_text(json.dumps(value, indent=1))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _shown(

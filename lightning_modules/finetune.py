@@ -20,6 +20,7 @@ class FineTune(Stage):
             target_id=batch.target_id,
             prefixes=self.prefixes,
             progress=self.progress,
+            temperature=self.temperature,
             negative_MD=None if batch.negative is None else self.encoder(batch.negative),
             negative_id=batch.negative_id,
             negative_row=batch.negative_row,

@@ -20,17 +20,20 @@ DEPTH = 10
 def retrieval(score_QC: Tensor, relevant_QC: Tensor) -> dict[str, float]:
     """R@1/5/10 (share of queries with a relevant candidate among the first k), MRR@10 and nDCG@10.
 
+    Of candidates with equal scores the relevant come last, so that an encoder that tells nothing apart scores nothing.
+
     Args:
         score_QC: Similarities (Q, C).
         relevant_QC: Which candidates are relevant (Q, C), bool; at least one in each row.
     """
-    # The first ten and all relevant ones decide every measure, so the rest need not be handed over.
-    shown_QC = relevant_QC.clone()
-    shown_QC.scatter_(1, score_QC.topk(min(DEPTH, score_QC.shape[1]), dim=1).indices, True)
-    row, column = shown_QC.nonzero(as_tuple=True)
-    # torchmetrics 1.9 takes a candidate with a score of 0 or less for irrelevant in the reciprocal rank, so scores are lifted.
-    lifted_QC = score_QC.double() - score_QC.min() + 1.0
-    arguments = {"preds": lifted_QC[row, column], "target": relevant_QC[row, column], "indexes": row}
+    irrelevant_first_QC = relevant_QC.int().argsort(dim=1, stable=True)
+    by_score_QC = score_QC.gather(1, irrelevant_first_QC).argsort(dim=1, descending=True, stable=True)
+    rank_QC = irrelevant_first_QC.gather(1, by_score_QC).argsort(dim=1)
+    # The first ten and all relevant ones decide every measure, so the rest need not be handed over. Ranks stand for scores:
+    # torchmetrics 1.9 orders ties as it likes and takes scores of 0 or less for irrelevant in the reciprocal rank.
+    row, column = (relevant_QC | (rank_QC < DEPTH)).nonzero(as_tuple=True)
+    preds = (score_QC.shape[1] - rank_QC)[row, column].double()
+    arguments = {"preds": preds, "target": relevant_QC[row, column], "indexes": row}
     measures = {f"recall@{k}": RetrievalHitRate(top_k=k) for k in RECALL_DEPTHS}
     measures |= {f"mrr@{DEPTH}": RetrievalMRR(top_k=DEPTH), f"ndcg@{DEPTH}": RetrievalNormalizedDCG(top_k=DEPTH)}
     return {name: measure(**arguments).item() for name, measure in measures.items()}

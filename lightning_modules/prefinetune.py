@@ -20,5 +20,6 @@ class PreFineTune(Stage):
             target_id=batch.target_id,
             prefixes=self.prefixes,
             progress=self.progress,
+            temperature=self.temperature,
         )
         return self.minimised(batch, out)

@@ -7,7 +7,6 @@ its Content-Security-Policy makes the browser hold it to that. `results_table` s
 import base64
 import csv
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from datamodules.sample import TEXT_KINDS, Item, Part
+from datamodules.shards import replace_file
 from lightning_modules.charts import Line, chart_of, hues_of, legend_of, smoothed
 
 # Our choice, so that a page of twenty benchmarks still opens at once.
@@ -126,7 +126,7 @@ def write_report(
     line; media beyond `MAX_MEDIA_BYTES` are named instead of embedded.
 
     Args:
-        path: The HTML file; its folder must exist.
+        path: The HTML file.
         title: Heading of the page.
         rows: The rows of results.json; the first metric met for a benchmark is its headline.
         curves: Name of a run to the metrics.csv of its CSVLogger; empty drops the section.
@@ -143,12 +143,7 @@ def write_report(
     sections += [_neighbours_section(neighbours)] if neighbours else []
     head = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     page = PAGE.format(title=escape(title), css=CSS, facts=head, sections="\n".join(sections))
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(page, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    replace_file(path, page)
 
 
 def results_table(rows: list[dict], *, all_metrics: bool = False) -> Table:

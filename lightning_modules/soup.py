@@ -14,8 +14,10 @@ from datamodules.tasks import BenchmarkSpec
 from lightning_modules.encoder.checkpoint import (
     load_encoder,
     load_weights,
+    read_config,
     read_provenance,
     read_weights,
+    require_same_shape,
     save_encoder,
 )
 from lightning_modules.evaluate import Judge
@@ -52,8 +54,8 @@ def soup(
     encoder, processor = load_encoder(checkpoints[0])
     ingredients = [read_weights(folder) for folder in checkpoints]
     for folder, ingredient in zip(checkpoints, ingredients, strict=True):
-        load_weights(encoder, ingredient, folder)
-        _check_same_tokenizer(checkpoints[0], folder)
+        require_same_shape(encoder, ingredient, folder)
+        _check_same_inputs(checkpoints[0], folder)
     scores: dict[str, float] = {}
     if method == "greedy":
         if root is None or not benchmarks:
@@ -122,9 +124,13 @@ def _greedy(
     return shares, dict(zip(checkpoints, own, strict=True))
 
 
-def _check_same_tokenizer(first: str, other: str) -> None:
-    one, two = (Path(folder) / "tokenizer.json" for folder in (first, other))
-    if one.read_bytes() != two.read_bytes():
+def _check_same_inputs(first: str, other: str) -> None:
+    for name in ("tokenizer.json", "processor.json"):
+        if (Path(first) / name).read_bytes() != (Path(other) / name).read_bytes():
+            raise ValueError(
+                f"{first} and {other} differ in {name}; only runs that began from the same encoder can be averaged"
+            )
+    if read_config(first) != read_config(other):
         raise ValueError(
-            f"{first} and {other} have different tokenizers; only runs that began from the same encoder can be averaged"
+            f"{first} and {other} differ in the encoder's configuration; only encoders of one kind can be averaged"
         )

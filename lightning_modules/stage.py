@@ -13,11 +13,13 @@ from torch import Tensor
 
 from datamodules.collate import Batch
 from datamodules.training import TrainingData
+from kernels.contrastive import check_prefixes
 from lightning_modules.encoder.checkpoint import (
     load_encoder,
     load_weights,
     read_provenance,
     read_weights,
+    require_same_shape,
     save_encoder,
     trainable,
 )
@@ -61,10 +63,9 @@ class Stage(L.LightningModule):
             raise ValueError("give model.encoder (a new encoder's shape) or model.init_from (an encoder's folder)")
         own = self.encoder.config
         self.prefixes = own.prefixes if prefixes is None else prefixes
-        if self.prefixes[-1] > own.embedding_dim:
-            raise ValueError(
-                f"prefix {self.prefixes[-1]} is wider than the embedding, which has {own.embedding_dim} dimensions"
-            )
+        check_prefixes(self.prefixes, own.embedding_dim)
+        if objective.learn_temperature:
+            self.log_temperature = torch.nn.Parameter(torch.tensor(objective.temperature).log())
 
     @property
     def data(self) -> TrainingData:
@@ -77,10 +78,15 @@ class Stage(L.LightningModule):
         """Share of the run that is over, in [0, 1]."""
         return min(1.0, self.global_step / max(1, self.trainer.max_steps))
 
+    @property
+    def temperature(self) -> Tensor | None:
+        """The learnt temperature, or None when it is not learnt."""
+        return self.log_temperature.exp() if self.objective_config.learn_temperature else None
+
     def configure_optimizers(self) -> Any:
         if self.trainer.max_steps < 1:
             raise ValueError(f"trainer.max_steps is {self.trainer.max_steps}; the schedule needs the run's number of steps")
-        optimizer = adamw(self.encoder, self.optimizer_config)
+        optimizer = adamw(self, self.optimizer_config)
         schedule = warmup_cosine(optimizer, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -92,6 +98,11 @@ class Stage(L.LightningModule):
                 "make data.processor.vocab_size at most the text model's vocab_size"
             )
         probe(self.encoder)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        encoder = "encoder."
+        weights = {n.removeprefix(encoder): w for n, w in checkpoint["state_dict"].items() if n.startswith(encoder)}
+        require_same_shape(self.encoder, weights, "given as ckpt_path")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         del batch, batch_idx

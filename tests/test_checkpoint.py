@@ -6,6 +6,7 @@ import errno
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from datamodules.sample import Item, Part
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
@@ -67,6 +68,23 @@ def test_a_full_disk_keeps_the_former_encoder(tiny_encoder, processor, tmp_path,
         save_encoder(tmp_path / "encoder", tiny_encoder, processor, provenance={})
     assert read_provenance(tmp_path / "encoder")["stage"] == "former"
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
+
+
+def test_what_safetensors_calls_an_error_of_its_own_is_named_too(tiny_encoder, processor, tmp_path, monkeypatch):
+    def full(weights, path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="is the disk full"):
+        save_encoder(tmp_path / "encoder", tiny_encoder, processor, provenance={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_description_is_named(tiny_encoder, processor, tmp_path):
+    save_encoder(tmp_path / "encoder", tiny_encoder, processor, provenance={})
+    (tmp_path / "encoder" / "encoder.json").write_text('{"format"')
+    with pytest.raises(ValueError, match=r"encoder\.json is damaged"):
+        load_encoder(tmp_path / "encoder")
 
 
 def test_a_run_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):

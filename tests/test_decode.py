@@ -57,6 +57,16 @@ def test_transparency_is_laid_on_white():
     assert (content("image", file.getvalue(), "png") == 255).all()
 
 
+def test_pictures_stand_upright_and_sixteen_bits_keep_their_light():
+    file, turned = io.BytesIO(), Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(file, "JPEG", exif=turned)
+    assert content("image", file.getvalue(), "jpg").shape == (40, 30, 3)
+    file = io.BytesIO()
+    Image.fromarray(np.full((2, 2), 128 << 8, dtype=np.uint16)).save(file, "PNG")
+    assert (content("image", file.getvalue(), "png") == 128).all()
+
+
 @pytest.mark.parametrize("format", ["wav", "flac", "ogg"])
 @pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2), (8_000, 1)])
 def test_sound_becomes_mono_at_16_khz(format, rate, channels):

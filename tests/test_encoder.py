@@ -11,6 +11,7 @@ from samples import TINY_TEXT
 
 from datamodules.processors.composed import Inputs
 from datamodules.sample import Item, Part
+from lightning_modules.encoder import towers
 from lightning_modules.encoder.composed import ComposedBackbone, ComposedConfig
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig, cut, probe
 from lightning_modules.encoder.towers import Tower, TowerConfig
@@ -82,6 +83,12 @@ def test_the_probe_passes_a_bidirectional_encoder_and_refuses_a_causal_one(tiny_
         probe(tiny_encoder)
 
 
+@pytest.mark.parametrize("vocab_size", [13, 759, 320])
+def test_the_probe_knows_every_vocabulary(vocab_size):
+    text = {**TINY_TEXT, "vocab_size": vocab_size}
+    probe(Embedder(EncoderConfig(ComposedConfig(text=text), embedding_dim=16, prefixes=(16,))))
+
+
 def test_the_probe_refuses_a_leak_from_padding(tiny_encoder, monkeypatch):
     text = tiny_encoder.backbone.text
     monkeypatch.setattr(
@@ -142,6 +149,56 @@ def test_a_pretrained_text_model_gives_its_masked_mean(tmp_path):
     torch.testing.assert_close(backbone(Inputs(ids, mask))[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-6)
 
 
+def test_a_pretrained_model_in_bf16_becomes_an_fp32_encoder(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    )
+    transformers.BertModel(config, add_pooling_layer=False).bfloat16().save_pretrained(tmp_path)
+    shape = EncoderConfig(ComposedConfig(pretrained=str(tmp_path)), embedding_dim=16, prefixes=(16,))
+    for load_pretrained in (True, False):
+        encoder = Embedder(shape, load_pretrained=load_pretrained)
+        assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+        probe(encoder)
+
+
+def test_building_a_saved_encoder_asks_no_hub_for_its_towers(monkeypatch):
+    asked = []
+    create = towers.timm.create_model
+
+    def offline(*arguments, pretrained, **more):
+        asked.append(pretrained)
+        return create(*arguments, pretrained=False, **more)
+
+    monkeypatch.setattr(towers.timm, "create_model", offline)
+    config = TowerConfig(arguments={"embed_dim": 24, "depth": 1, "num_heads": 2}, pretrained=True)
+    Tower(config, 32)
+    Tower(config, 32, load_pretrained=False)
+    assert asked == [True, False]
+
+
+def test_sizes_that_do_not_fit_are_named(processor, tiny_config):
+    encoder = Embedder(tiny_config)
+    inputs = processor([ITEMS[1]])
+    inputs.media["image"] = inputs.media["image"][..., :32]
+    with pytest.raises(ValueError, match=r"a view measures \(3, 64, 32\), its tower takes \(3, 64, 64\)"):
+        encoder(inputs)
+    short = {**TINY_TEXT, "max_position_embeddings": 20}
+    with pytest.raises(ValueError, match=r"an item comes to \d+ tokens, the text model takes 20"):
+        Embedder(dataclasses.replace(tiny_config, backbone=dataclasses.replace(tiny_config.backbone, text=short)))(
+            processor([ITEMS[1]])
+        )
+
+
+@torch.no_grad()
+def test_boundaries_stand_where_a_medium_begins_and_ends(tiny_encoder, processor):
+    inputs = processor([item("cat", PICTURES[0], "cat")])
+    embedded = tiny_encoder.backbone.embed(inputs)[0]
+    places = (inputs.token_ids[0] < 0).nonzero().flatten()
+    begin, end = tiny_encoder.backbone.boundaries["image"]
+    assert torch.equal(embedded[places[0]], begin)
+    assert torch.equal(embedded[places[-1]], end)
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "tokens"),
     [
@@ -179,6 +236,11 @@ def test_a_medium_without_a_tower_and_wrong_places_are_refused(processor, tiny_c
     [
         ({}, "needs either `text`"),
         ({"text": {"hidden_size": 8}}, "needs `model_type`"),
+        ({"text": {**TINY_TEXT, "hiden_size": 8}}, "has no hiden_size; a qwen3 has"),
+        ({"text": {**TINY_TEXT, "hidden_size": "abc"}}, "backbone.text is"),
+        ({"text": {"model_type": "nonsense"}}, "backbone.text is"),
+        ({"text": dict(TINY_TEXT), "towers": {"eye": TowerConfig(model="nonsense")}}, "timm cannot build the tower 'nonsense'"),
+        ({"text": dict(TINY_TEXT), "towers": {"eye": TowerConfig(arguments={"foo": 1})}}, "timm cannot build the tower"),
         ({"text": dict(TINY_TEXT), "routes": {"image": "eye"}}, "leads nowhere"),
     ],
 )

@@ -74,3 +74,13 @@ def test_classification_equals_scikit_learn():
     nearest = (judged @ centres.T).argmax(1)
     assert measured["accuracy_zero_shot"] == pytest.approx(accuracy_score(judged_class, nearest))
     assert 0.4 < measured["accuracy_zero_shot"] < 1
+
+
+def test_an_encoder_that_tells_nothing_apart_scores_nothing():
+    measured = metrics.retrieval(torch.ones(200, 200), torch.eye(200, dtype=torch.bool))
+    assert measured == dict.fromkeys(measured, 0.0)
+
+
+def test_scores_do_not_depend_on_their_scale_or_sign():
+    score, relevant = random_case(20, 40, 3)
+    assert metrics.retrieval(score * 1e-3 - 5, relevant) == metrics.retrieval(score, relevant)

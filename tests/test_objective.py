@@ -1,6 +1,7 @@
 """Promises of the objective: a plain sum of its terms, centring that leaves nothing behind, a log that tells the truth."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lightning_modules.optimizer import OptimizerConfig, adamw, factor_of
 
 RANDOM = torch.Generator().manual_seed(0)
 QUERY, TARGET = torch.randn(2, 6, 8, generator=RANDOM)
-IDS = {"query_id": torch.arange(6), "target_id": torch.tensor([0, 1, 1, 3, 4, 5]), "prefixes": (4, 8)}
+IDS: dict[str, Any] = {"query_id": torch.arange(6), "target_id": torch.tensor([0, 1, 1, 3, 4, 5]), "prefixes": (4, 8)}
 
 
 def test_the_total_is_the_weighted_sum_of_the_terms():
@@ -34,21 +35,50 @@ def test_centring_fades_out_and_takes_a_common_direction_away():
     plain = objective(ObjectiveConfig(), QUERY, TARGET, **IDS, progress=0).total
     assert objective(config, QUERY, TARGET, **IDS, progress=0.5).total.item() == plain.item()
     assert objective(config, QUERY, TARGET, **IDS, progress=0.25).total.item() != plain.item()
-    shifted = QUERY + 1e4 * torch.ones(8)
-    collapsed = objective(ObjectiveConfig(), shifted, TARGET, **IDS, progress=0).parts["positive_cosine"]
-    centred = objective(config, shifted, TARGET, **IDS, progress=0).parts["positive_cosine"]
-    assert abs(collapsed) > 10 * abs(centred) or abs(centred) < 0.3
+    unit = [torch.nn.functional.normalize(x, dim=-1) for x in (QUERY, TARGET)]
+    by_hand = contrastive_loss(
+        *(x - 0.5 * x.mean(0) for x in unit), prefixes=(4, 8), temperature=0.05, passage_id=IDS["target_id"]
+    )
+    halfway = objective(config, QUERY, TARGET, **IDS, progress=0.25).parts
+    assert [halfway["loss@4"].item(), halfway["loss@8"].item()] == pytest.approx(by_hand.per_prefix.tolist())
 
 
 def test_the_log_counts_masked_pairs_and_cosines():
-    parts = objective(ObjectiveConfig(), QUERY, TARGET, **IDS, progress=0).parts
+    hard: dict[str, Any] = {
+        "negative_MD": TARGET[:2],
+        "negative_id": torch.tensor([1, 9]),
+        "negative_row": torch.tensor([1, 1]),
+    }
+    parts = objective(ObjectiveConfig(centring=1.0), QUERY, TARGET, **IDS, progress=0, **hard).parts
+    assert parts["dropped_negatives"].item() == 1
     assert parts["masked_share"].item() == pytest.approx(2 / 30)
     assert parts["positive_cosine"].item() == pytest.approx(torch.cosine_similarity(QUERY, TARGET).mean().item(), abs=1e-6)
+
+
+def test_both_directions_add_the_query_for_a_target():
+    one, both = (
+        objective(ObjectiveConfig(spread_out=0, directions=way), QUERY, TARGET, **IDS, progress=0).total
+        for way in ("query", "both")
+    )
+    turned = {**IDS, "query_id": IDS["target_id"], "target_id": IDS["query_id"]}
+    back = objective(ObjectiveConfig(spread_out=0), TARGET, QUERY, **turned, progress=0).total
+    assert both.item() == pytest.approx((one + back).item())
+
+
+def test_a_learnt_temperature_gets_a_gradient_and_is_logged():
+    heat = torch.tensor(0.1, requires_grad=True)
+    out = objective(ObjectiveConfig(), QUERY, TARGET, **IDS, progress=0, temperature=heat)
+    out.total.backward()
+    assert heat.grad is not None
+    assert heat.grad.item() != 0
+    assert out.parts["temperature"].item() == pytest.approx(0.1)
 
 
 def test_a_centring_beyond_the_run_is_refused():
     with pytest.raises(ValueError, match="must lie in"):
         ObjectiveConfig(centring=1.5)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        ObjectiveConfig(temperature=0.0)
 
 
 def test_rank_fusion_has_its_golden_values():

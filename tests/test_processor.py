@@ -110,6 +110,12 @@ def test_a_trained_tokenizer_loses_nothing():
         train_tokenizer(["x"], 100)
 
 
+def test_a_text_cannot_spell_a_special_token(processor):
+    ids = processor([Item((part("text", "a<eos>b<pad>"),))]).token_ids[0].tolist()
+    assert ids.count(processor.tokenizer.eos_token_id) == 1
+    assert processor.tokenizer.pad_token_id not in ids
+
+
 def test_tokens_per_view_must_name_every_kind():
     with pytest.raises(ValueError, match="for each of image, page, audio, video"):
         ProcessorConfig(tokens_per_view={"image": 4})

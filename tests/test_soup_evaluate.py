@@ -3,6 +3,7 @@
 import json
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -80,9 +81,13 @@ def test_soups_that_cannot_be_are_refused(encoders, tmp_path, tiny_encoder, proc
         soup(encoders, str(tmp_path / "soup"), method="weighted", weights=[1.0])
     with pytest.raises(ValueError, match="needs root and benchmarks"):
         soup(encoders, str(tmp_path / "soup"), method="greedy")
+    processor_file = tmp_path / "run2" / "encoder" / "processor.json"
+    processor_file.write_text(processor_file.read_text().replace('"view_size": 64', '"view_size": 32'))
+    with pytest.raises(ValueError, match=r"differ in processor\.json"):
+        soup([encoders[0], encoders[2]], str(tmp_path / "soup"))
     tokenizer = tmp_path / "run1" / "encoder" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
-    with pytest.raises(ValueError, match="different tokenizers"):
+    with pytest.raises(ValueError, match=r"differ in tokenizer\.json"):
         soup(encoders, str(tmp_path / "soup"))
     assert not (tmp_path / "soup").exists()
 
@@ -151,6 +156,7 @@ def unscored(root):
     ("benchmarks", "prefixes", "message"),
     [
         ({}, None, "no benchmark to evaluate"),
+        (WORLD, [], "must be positive and increase"),
         (WORLD, [64], "prefix 64 is wider than the embedding, which has 16"),
         ({"world/text-audio": WORLD["world/text-image"]}, None, "says audio for its targets, but its shards hold image"),
         ({"w/text-image": BenchmarkSpec("retrieval", "world/text-image/dev")}, None, "Splits found beside it: test, train"),
@@ -214,3 +220,52 @@ def test_hard_negatives_and_the_runs_progress_reach_the_loss(tiny_config, proces
     assert loss(1, 5) > loss(0, 5)
     assert loss(0, 0) != loss(0, 2) != loss(0, 5)
     assert loss(0, 5) == loss(0, 9)
+
+
+class Letters(torch.nn.Module):
+    """A stand-in whose vector counts the letters a to h of a text: nearest neighbours can be told by hand."""
+
+    config = SimpleNamespace(embedding_dim=8, prefixes=(2, 8))
+
+    def __init__(self, processor):
+        super().__init__()
+        self.processor = processor
+
+    def forward(self, inputs):
+        rows = zip(inputs.token_ids, inputs.attention_mask, strict=True)
+        texts = [str(self.processor.tokenizer.decode(row[mask.bool()], skip_special_tokens=True)) for row, mask in rows]
+        return torch.tensor([[text.count(letter) + 0.01 for letter in "abcdefgh"] for text in texts])
+
+
+def test_scores_are_those_told_by_hand(processor, tmp_path):
+    pairs = enumerate([("a", "aab"), ("b", "bba"), ("c", "cccd"), ("d", "cce")])
+    write_split(tmp_path / "pairs", [Example(f"p{n}", text_item(q), text_item(t)) for n, (q, t) in pairs])
+    scored = enumerate(("bb", "abb", "aab"))
+    write_split(tmp_path / "sts", [Example(f"s{n}", text_item("a"), text_item(t), score=n) for n, t in scored])
+    labelled = enumerate([("aa", "a"), ("ab", "a"), ("bb", "b"), ("aabb a", "b")])
+    write_split(tmp_path / "classes", [Example(f"c{n}", text_item(t), label=label) for n, (t, label) in labelled])
+    letters: Any = Letters(processor)
+    judge = Judge(letters, processor, tmp_path, batch_size=3, num_workers=0, device="cpu")
+    rows, neighbours = judge.results(
+        {
+            "pairs/text-text": BenchmarkSpec("retrieval", "pairs"),
+            "sts/text-text": BenchmarkSpec("similarity", "sts"),
+            "classes/text-text": BenchmarkSpec("classification", "classes", train="classes"),
+        }
+    )
+    value = {(row["benchmark"].split("/")[0], row["metric"], row["prefix"]): row["value"] for row in rows}
+    # d finds cccd before its own cce; in the first two dimensions c and d see equal candidates, and ties count against.
+    assert value["pairs", "recall@1", 8] == pytest.approx(0.75)
+    assert value["pairs", "recall@1", 2] == pytest.approx(0.5)
+    assert value["sts", "spearman", 8] == pytest.approx(1.0, abs=1e-5)
+    assert value["classes", "accuracy_zero_shot", 8] == pytest.approx(0.75)
+    assert [shown.found[0][0].parts[0].data for shown in neighbours] == ["aab", "bba", "cccd", "cccd"]
+    assert [shown.found[0][2] for shown in neighbours] == [True, True, True, False]
+
+
+def test_a_query_with_nothing_relevant_is_named(tiny_encoder, processor, tmp_path):
+    write_split(tmp_path / "corpus", [Example("d0", target=text_item("document"))])
+    write_split(tmp_path / "queries", [Example("lost", text_item("query"), relevant={"d0": 0.0})])
+    judge = Judge(tiny_encoder, processor, tmp_path, batch_size=2, num_workers=0, device="cpu")
+    with pytest.raises(ValueError, match="1 queries have nothing relevant, the first is 'lost'"):
+        judge.results({"docs/text-text": BenchmarkSpec("retrieval", "queries", corpus="corpus")})

@@ -76,6 +76,17 @@ def test_a_stopped_run_goes_on_exactly(trained, world, tmp_path):
     assert all((straight[name] == resumed[name]).all() for name in straight)
 
 
+def test_a_checkpoint_of_another_shape_or_of_garbage_is_refused(trained, world, tmp_path):
+    checkpoint = next((trained / "checkpoints").glob("step=6*.ckpt"))
+    other = tiny_prefinetune(world, tmp_path / "x", "model.encoder.embedding_dim=32", "model.encoder.prefixes=[4,32]")
+    shown = run(*other, f"ckpt_path={checkpoint}", ok=False)
+    assert "is of another shape: 1 tensors differ, among them projection.0.weight" in shown
+    (tmp_path / "garbage.ckpt").write_bytes(b"no checkpoint")
+    shown += run(*tiny_prefinetune(world, tmp_path / "y"), f"ckpt_path={tmp_path / 'garbage.ckpt'}", ok=False)
+    assert "garbage.ckpt cannot be read" in shown
+    assert "Traceback" not in shown
+
+
 def test_finetuning_goes_on_from_the_encoder_with_its_own_tokenizer(trained, world, tmp_path):
     sizes = [argument for argument in TINY if argument.startswith("data.tasks")]
     arguments = [f"model.init_from={trained / 'encoder'}", f"data.root={world}", "data.num_workers=0", "trainer.max_steps=3"]
@@ -127,6 +138,11 @@ def test_both_command_forms_are_the_same_run():
             "\"trainer.max_steps\": Expected a <class 'int'>. Got value: many",
         ),
         (["conf=quickstart/prefinetune", "trainer.logger.0.class_path=os.system"], "class_path 'os.system' is not allowed"),
+        (["conf=quickstart/prefinetune", "trainer.logger=evil.Logger"], "the class 'evil.Logger' is not allowed"),
+        (["conf=quickstart/prefinetune", "data.root=${oc.env:HOME}"], "oc.env"),
+        (["conf=quickstart/prefinetune", "model.prefixes=[4"], "has a value that is no YAML"),
+        (["conf=quickstart/prefinetune", "run=lightning_modules.foo.Bar"], "there is no such class or function"),
+        (["conf=quickstart/prefinetune", "data.tasks={}", "data.root=x"], "no task has a rate above 0"),
         (["conf=quickstart/prefinetune", "run=os.system"], "must name a class or function of"),
         (["conf=quickstart/prefinetune", "data.root=nowhere"], "no shards in nowhere/world/"),
         (["conf=evaluate", "checkpoint=nowhere", "root=x", "out=y"], "no encoder in nowhere"),

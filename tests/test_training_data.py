@@ -32,6 +32,7 @@ def data_of(world: Path, tmp_path: Path, *, rank=0, world_size=1, **arguments) -
         world_size=world_size,
         global_rank=rank,
         max_steps=30,
+        max_epochs=1,
         accumulate_grad_batches=1,
         default_root_dir=str(tmp_path),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=4)),
@@ -148,6 +149,12 @@ def test_what_cannot_be_is_refused(world, tmp_path):
         data_of(world, tmp_path, prompt_dropout=2.0)
     with pytest.raises(ValueError, match="batch_size 4 is no multiple of the 3 ranks"):
         data_of(world, tmp_path, world_size=3, tasks={"t": TASKS["world/text-text"]}).train_dataloader()
+    data = data_of(world, tmp_path)
+    data.trainer.max_epochs = 2  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match="max_epochs is 2; the stream is one epoch long"):
+        data.train_dataloader()
+    with pytest.raises(ValueError, match="no task has a rate above 0"):
+        TrainingData(str(world), {}, init_from="x")
     with pytest.raises(ValueError, match="exactly once"):
         TaskSpec("x", query_prompt="no place for text")
     with pytest.raises(ValueError, match="linear probe"):
@@ -199,3 +206,10 @@ def test_each_step_drops_prompts_anew(processor):
         for step in range(3)
     ]
     assert len(set(dropped)) == 3
+
+
+def test_a_hard_negative_that_names_the_own_class_is_known_to_the_mask(processor):
+    examples = [Example("a", text_item("x"), text_item("card arrival"), (text_item("card arrival"),), label="card_arrival")] * 2
+    batch = collated(processor, TaskSpec("x", kind="classification", negatives=1), examples)
+    assert batch.negative_id is not None
+    assert torch.equal(batch.negative_id, batch.target_id)

@@ -148,7 +148,7 @@ class ComposedProcessor:
         for part in item.parts:
             assert part.content is not None, "decode items before processing them"
             if part.kind in TEXT_KINDS:
-                text_ids = self.tokenizer(part.content, add_special_tokens=False)["input_ids"]
+                text_ids = self.tokenizer(part.content, add_special_tokens=False, split_special_tokens=True)["input_ids"]
                 assert isinstance(text_ids, list)
                 truncated |= len(text_ids) > room
                 ids += text_ids[:room]
@@ -175,7 +175,7 @@ class ComposedProcessor:
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
     def _spectrograms(self, wave: Tensor) -> Tensor:
-        """Log-mel spectrograms of successive spans, in decibels below full scale mapped to about [-1, 1]."""
+        """Log-mel spectrograms of successive spans: (log10 of the power + 2) / 4, so -1 in silence and about 1.5 at most."""
         config = self.config
         span = round(config.seconds_per_view * SAMPLE_RATE)
         num_views = -(-len(wave) // span)

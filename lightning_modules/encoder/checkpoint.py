@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -56,9 +56,10 @@ def save_encoder(folder: str | Path, encoder: Embedder, processor: ComposedProce
         (beside / "encoder.json").write_text(json.dumps(described, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
-    except BaseException:
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"could not write {folder}: {error}; is the disk full? A former checkpoint there is kept") from error
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        raise
 
 
 def load_encoder(folder: str | Path) -> tuple[Embedder, ComposedProcessor]:
@@ -97,7 +98,14 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(encoder: Embedder, weights: Mapping[str, Tensor], where: str) -> None:
-    """Put weights into an encoder; every tensor must be there with its shape.
+    """Put weights into an encoder; every tensor must be there with its shape, see `require_same_shape`."""
+    require_same_shape(encoder, weights, where)
+    own = encoder.state_dict()
+    encoder.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()})
+
+
+def require_same_shape(encoder: Embedder, weights: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights that are not exactly an encoder's.
 
     Raises:
         ValueError: A tensor is missing, left over, or of another shape; the first few are named.
@@ -117,7 +125,6 @@ def load_weights(encoder: Embedder, weights: Mapping[str, Tensor], where: str) -
             f"among them {', '.join(sorted(wrong)[:3])}; "
             "leave out model.encoder to take the checkpoint's own shape"
         )
-    encoder.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()})
 
 
 def config_from_json(values: dict[str, Any]) -> EncoderConfig:
@@ -133,7 +140,10 @@ def _described(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"no encoder in {folder}: {file.name} is missing; name the folder that a run wrote, as runs/finetune/encoder"
         )
-    described = json.loads(file.read_text())
+    try:
+        described = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); use another copy of this checkpoint") from error
     if described.get("format") != FORMAT:
         raise ValueError(f"{file} has format {described.get('format')!r}, this version reads {FORMAT!r}")
     return described

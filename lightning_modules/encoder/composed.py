@@ -64,7 +64,9 @@ class ComposedBackbone(nn.Module):
         self.text: Any = _text_model(config, load_pretrained)
         self.width: int = self.text.config.hidden_size
         self.routes = dict(config.routes)
-        self.towers = nn.ModuleDict({name: Tower(tower, self.width) for name, tower in config.towers.items()})
+        self.towers = nn.ModuleDict(
+            {name: Tower(tower, self.width, load_pretrained=load_pretrained) for name, tower in config.towers.items()}
+        )
         self.tokens = dict(config.tokens)
         for kind, name in self.routes.items():
             rows, columns = self.towers[name].map_size  # pyright: ignore[reportGeneralTypeIssues]
@@ -80,6 +82,13 @@ class ComposedBackbone(nn.Module):
         return self.text.get_input_embeddings().num_embeddings
 
     def forward(self, inputs: Inputs) -> Tensor:
+        """Raises ValueError when an item is longer than the text model's positions, or media do not fit; see `embed`."""
+        longest = getattr(self.text.config, "max_position_embeddings", None)
+        if longest is not None and inputs.token_ids.shape[1] > longest:
+            raise ValueError(
+                f"an item comes to {inputs.token_ids.shape[1]} tokens, the text model takes {longest}; "
+                "lower data.processor.max_text_tokens or the number of views, or raise max_position_embeddings"
+            )
         out = self.text(inputs_embeds=self.embed(inputs), attention_mask=inputs.attention_mask)
         return out.last_hidden_state
 
@@ -111,24 +120,40 @@ class ComposedBackbone(nn.Module):
 
 
 def _text_model(config: ComposedConfig, load_pretrained: bool) -> Any:
-    """A transformers text model without its causal mask; `is_causal` off is the switch that works for every decoder family."""
-    arguments = {} if config.attention is None else {"attn_implementation": config.attention}
-    if config.pretrained is not None:
-        text_config = AutoConfig.from_pretrained(config.pretrained, revision=config.revision)
-        text_config.is_causal = False
-        if load_pretrained:
-            return AutoModel.from_pretrained(
-                config.pretrained, revision=config.revision, config=text_config, use_safetensors=True, **arguments
-            )
-    else:
-        assert config.text is not None
-        fields = dict(config.text)
-        if "model_type" not in fields:
-            raise ValueError(
-                "backbone.text needs `model_type`, the transformers name of the family (qwen3, gemma3_text, bert, ..)"
-            )
-        text_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        text_config.is_causal = False
+    """A transformers text model without its causal mask, in fp32; `is_causal` off is the switch that works for every decoder.
+
+    Raises:
+        ValueError: transformers does not know the family, a field of it, or cannot build what the fields say.
+    """
+    arguments: dict[str, Any] = {"dtype": torch.float32}
+    if config.attention is not None:
+        arguments["attn_implementation"] = config.attention
+    text_config = _text_config(config)
+    text_config.is_causal = False
     if hasattr(text_config, "use_cache"):
         text_config.use_cache = False
-    return AutoModel.from_config(text_config, **arguments)
+    if config.pretrained is not None and load_pretrained:
+        return AutoModel.from_pretrained(
+            config.pretrained, revision=config.revision, config=text_config, use_safetensors=True, **arguments
+        )
+    try:
+        return AutoModel.from_config(text_config, **arguments)
+    except Exception as error:  # whatever a family's constructor makes of sizes that do not fit
+        raise ValueError(f"transformers cannot build backbone.text {config.text}: {' '.join(str(error).split())}") from error
+
+
+def _text_config(config: ComposedConfig) -> Any:
+    if config.pretrained is not None:
+        return AutoConfig.from_pretrained(config.pretrained, revision=config.revision)
+    fields = dict(config.text or {})
+    family = fields.pop("model_type", None)
+    if family is None:
+        raise ValueError("backbone.text needs `model_type`, the transformers name of the family (qwen3, gemma3_text, bert, ..)")
+    try:
+        known = AutoConfig.for_model(family)
+        unknown = sorted(fields.keys() - known.to_dict().keys() - known.attribute_map.keys())
+        if not unknown:
+            return AutoConfig.for_model(family, **fields)
+    except Exception as error:  # an unknown family, or a value of the wrong type
+        raise ValueError(f"backbone.text is {config.text}: {' '.join(str(error).split())[:300]}") from error
+    raise ValueError(f"backbone.text has no {', '.join(unknown)}; a {family} has {', '.join(sorted(known.to_dict()))}")

@@ -90,8 +90,8 @@ def probe(encoder: Embedder) -> None:
     device = next(encoder.parameters()).device
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(2, encoder.backbone.vocab_size, (2, 12), generator=random).to(device)
-    ids[1, -1] = (ids[1, -1] + 1) % encoder.backbone.vocab_size
     ids[1, :-1] = ids[0, :-1]
+    ids[1, -1] = (ids[0, -1] + 1) % encoder.backbone.vocab_size
     whole = Inputs(ids, torch.ones_like(ids))
     states = encoder.backbone(whole)
     moved = (states[0, 0] - states[1, 0]).abs().max().item()

@@ -39,21 +39,31 @@ class Tower(nn.Module):
     uint8 views are scaled to [-1, 1], others pass as they are.
     """
 
-    def __init__(self, config: TowerConfig, out_width: int) -> None:
+    def __init__(self, config: TowerConfig, out_width: int, *, load_pretrained: bool = True) -> None:
         super().__init__()
+        self.view_shape = (config.in_chans, config.height, config.width)
         arguments = dict(config.arguments)
         if config.model.startswith("vit") or "img_size" in arguments:
             arguments.setdefault("img_size", (config.height, config.width))
         if config.stem == "conv":
             arguments["embed_layer"] = ConvStem
-        self.model: Any = timm.create_model(
-            config.model, pretrained=config.pretrained, num_classes=0, in_chans=config.in_chans, **arguments
-        )
+        pretrained = config.pretrained and load_pretrained
+        try:
+            self.model: Any = timm.create_model(
+                config.model, pretrained=pretrained, num_classes=0, in_chans=config.in_chans, **arguments
+            )
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"timm cannot build the tower {config.model!r} with {config.arguments}: {error}") from error
         self.project = nn.Linear(self.model.num_features, out_width)
         with torch.no_grad():
             self.map_size = tuple(self.feature_map(torch.zeros(1, config.in_chans, config.height, config.width)).shape[2:])
 
     def forward(self, views: Tensor, tokens: int) -> Tensor:
+        if tuple(views.shape[1:]) != self.view_shape:
+            raise ValueError(
+                f"a view measures {tuple(views.shape[1:])}, its tower takes {self.view_shape} (channels, height, width); "
+                "make the sizes of data.processor and of the tower equal"
+            )
         views = views.to(self.project.weight.dtype) / 127.5 - 1.0 if views.dtype == torch.uint8 else views
         pooled = F.adaptive_avg_pool2d(self.feature_map(views), round(tokens**0.5))
         return self.project(pooled.flatten(2).transpose(1, 2))

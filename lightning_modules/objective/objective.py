@@ -22,6 +22,7 @@ class ObjectiveConfig:
         contrastive: Weight of the contrastive term.
         spread_out: Weight of the spread-out term (EmbeddingGemma); 0 leaves it out (Gemini Embedding).
         temperature: τ of the contrastive term. Our choice: no paper publishes it.
+        learn_temperature: Train τ with the encoder, from `temperature` on.
         hardness: α of EmbeddingGemma's hard-negative weights; 0 switches them off.
         negatives: Whether a query sees its `own` hard negatives (the papers) or `all`.
         directions: `query` finds the target for a query (the papers); `both` adds the query for a target.
@@ -31,14 +32,17 @@ class ObjectiveConfig:
     """
 
     contrastive: float = 1.0
-    spread_out: float = 0.0
+    spread_out: float = 1.0
     temperature: float = 0.05
+    learn_temperature: bool = False
     hardness: float = 0.0
     negatives: Literal["own", "all"] = "own"
     directions: Literal["query", "both"] = "query"
     centring: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"objective.temperature is {self.temperature}; it must be above 0")
         if not 0 <= self.centring <= 1:
             raise ValueError(f"objective.centring is {self.centring}; it is a share of the run and must lie in [0, 1]")
 
@@ -59,6 +63,7 @@ def objective(
     target_id: Tensor,
     prefixes: tuple[int, ...],
     progress: float,
+    temperature: Tensor | None = None,
     negative_MD: Tensor | None = None,
     negative_id: Tensor | None = None,
     negative_row: Tensor | None = None,
@@ -73,10 +78,13 @@ def objective(
         target_id: Content ids (B,).
         prefixes: Widths that are trained.
         progress: Share of the run that is over, in [0, 1].
+        temperature: The learnt τ, a scalar; None takes that of `config`.
         negative_MD: Hard negatives (M, D), any scale, or None.
         negative_id: Their content ids (M,).
         negative_row: The row each belongs to (M,).
     """
+    parts = _health(query_BD, target_BD, query_id, target_id, negative_id, negative_row)
+    heat = config.temperature if temperature is None else temperature
     centring = max(0.0, 1.0 - progress / config.centring) if config.centring else 0.0
     if centring:
         query_BD, target_BD, negative_MD = _centre(query_BD, target_BD, negative_MD, centring)
@@ -84,7 +92,7 @@ def objective(
         query_BD,
         target_BD,
         prefixes=prefixes,
-        temperature=config.temperature,
+        temperature=heat,
         query_id=query_id,
         passage_id=target_id,
         negative=negative_MD,
@@ -96,16 +104,18 @@ def objective(
     total = config.contrastive * contrastive.loss
     if config.directions == "both":
         reverse = contrastive_loss(
-            target_BD, query_BD, prefixes=prefixes, temperature=config.temperature, query_id=target_id, passage_id=query_id
+            target_BD, query_BD, prefixes=prefixes, temperature=heat, query_id=target_id, passage_id=query_id
         )
         total = total + config.contrastive * reverse.loss
-    parts = {f"loss@{prefix}": loss for prefix, loss in zip(prefixes, contrastive.per_prefix, strict=True)}
+    parts |= {f"loss@{prefix}": loss for prefix, loss in zip(prefixes, contrastive.per_prefix, strict=True)}
     if config.spread_out:
         spread_K = spread_out_loss(query_BD, prefixes=prefixes, ids=query_id)
         spread_K = spread_K + spread_out_loss(target_BD, prefixes=prefixes, ids=target_id)
         total = total + config.spread_out * spread_K.sum()
         parts |= {f"spread_out@{prefix}": loss for prefix, loss in zip(prefixes, spread_K.detach(), strict=True)}
-    return Objective(total, {"loss": total.detach(), **parts, **_health(query_BD, target_BD, query_id, target_id)})
+    if temperature is not None:
+        parts["temperature"] = temperature.detach()
+    return Objective(total, {"loss": total.detach(), **parts})
 
 
 def _centre(
@@ -120,13 +130,27 @@ def _centre(
 
 
 @torch.no_grad()
-def _health(query_BD: Tensor, target_BD: Tensor, query_id: Tensor, target_id: Tensor) -> dict[str, Tensor]:
-    """Cosine of positives, mean cosine of the negatives that count, and the share of other pairs that the mask leaves out."""
+def _health(
+    query_BD: Tensor,
+    target_BD: Tensor,
+    query_id: Tensor,
+    target_id: Tensor,
+    negative_id: Tensor | None,
+    negative_row: Tensor | None,
+) -> dict[str, Tensor]:
+    """What the log shows of a batch before any centring.
+
+    Cosine of positives, mean cosine of the in-batch negatives that count, the share of other pairs that the mask leaves out,
+    and how many hard negatives were dropped because they equal their own positive.
+    """
     cosine_BB = F.normalize(query_BD, dim=-1) @ F.normalize(target_BD, dim=-1).T
     other_BB = other_passages(len(query_BD), len(target_BD), query_id, target_id, 0, query_BD.device)
     num_pairs = len(query_BD) * (len(query_BD) - 1)
-    return {
+    parts = {
         "positive_cosine": cosine_BB.diagonal().mean(),
         "negative_cosine": (cosine_BB * other_BB).sum() / other_BB.sum().clamp(min=1),
         "masked_share": 1.0 - other_BB.sum() / max(num_pairs, 1),
     }
+    if negative_id is not None and negative_row is not None:
+        parts["dropped_negatives"] = (target_id[negative_row] == negative_id).sum()
+    return parts
