@@ -205,6 +205,7 @@ def _quiet_libraries() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # advertisements among others
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 uses what torch 2.15 deprecates
     warnings.filterwarnings("ignore", message=".*JSONARGPARSE_DEPRECATION.*")  # Lightning 2.6 calls what jsonargparse renamed
+    warnings.filterwarnings("ignore", message=".*has `__len__` defined.*")  # workers share the steps, see StepStream
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # two cores have no use for many
 
 

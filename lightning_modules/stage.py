@@ -148,18 +148,15 @@ class Stage(L.LightningModule):
 
     def _save(self, name: str) -> None:
         if self.trainer.is_global_zero:
+            parents = [] if self.init_from is None else [self.init_from]
             provenance = {
                 "stage": type(self).__name__,
                 "steps": self.global_step,
                 "parameters": trainable(self.encoder),
                 "seed": self.data.seed,
                 "tasks": sorted(self.data.tasks),
-                "parents": [] if self.init_from is None else [{"path": self.init_from, **_sha256_only(self.init_from)}],
+                "parents": [{"path": folder, "sha256": read_provenance(folder)["sha256"]} for folder in parents],
             }
             folder = Path(self.trainer.default_root_dir) / name
             save_encoder(folder, self.encoder, self.data.processor, provenance=provenance)
             print(f"encoder in {folder}")
-
-
-def _sha256_only(folder: str) -> dict[str, str]:
-    return {"sha256": read_provenance(folder)["sha256"]}

@@ -52,12 +52,14 @@ def trained(world, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "prefinetune"
     callbacks = OmegaConf.load(ROOT / "conf" / "trainer" / "default.yaml").trainer.callbacks
     keep = f"trainer.callbacks.{len(callbacks) - 1}.init_args"
-    run(*tiny_prefinetune(world, out, "trainer.max_steps=14", f"{keep}.every_n_train_steps=6", f"{keep}.save_top_k=-1"))
+    every = [f"{keep}.every_n_train_steps=6", f"{keep}.save_top_k=-1", "model.snapshot_every=6"]
+    run(*tiny_prefinetune(world, out, "trainer.max_steps=14", *every))
     return out
 
 
 def test_a_run_leaves_its_encoder_configuration_and_curves(trained):
     assert read_provenance(trained / "encoder")["steps"] == 14
+    assert [read_provenance(trained / f"encoder-{step:06d}")["steps"] for step in (6, 12)] == [6, 12]
     config = OmegaConf.load(trained / "config.yaml")
     assert config.trainer.max_steps == 14
     assert config.data.processor.tokens_per_view == config.model.encoder.backbone.tokens

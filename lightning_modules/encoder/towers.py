@@ -81,8 +81,7 @@ class Tower(nn.Module):
 class ConvStem(nn.Module):
     """Patch embedding by 3×3 convolutions of stride 2 with GroupNorm and GELU; the interface of timm's `PatchEmbed`.
 
-    From random weights a plain linear patch embedding collapsed, and BatchNorm here failed silently at test time
-    (`experiments/001_first_light`).
+    Our choice for towers that start from random weights.
     """
 
     def __init__(

@@ -27,8 +27,8 @@ class ObjectiveConfig:
         negatives: Whether a query sees its `own` hard negatives (the papers) or `all`.
         directions: `query` finds the target for a query (the papers); `both` adds the query for a target.
         centring: Share of the run during which the batch mean is subtracted from both sides, its weight falling linearly
-            from 1 to 0. Nothing of it is left afterwards. Our choice: from random weights it prevents collapse
-            (`experiments/001_first_light`); 0 switches it off, as for a pretrained backbone.
+            from 1 to 0. Nothing of it is left afterwards. Our choice, for encoders that start from random weights; 0 switches
+            it off, as for a pretrained backbone.
     """
 
     contrastive: float = 1.0
