@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,16 @@ def test_a_configuration_that_includes_itself_or_is_no_yaml_is_refused(tmp_path,
     for name, message in (("a", "includes it"), ("c", "no valid YAML"), ("d", "does not exist")):
         with pytest.raises(ValueError, match=message):
             train.compose(tmp_path / f"{name}.yaml", [])
+
+
+def test_every_command_of_the_readme_composes():
+    lines = [line.split("#")[0].strip() for line in (ROOT / "README.md").read_text().splitlines()]
+    commands = [shlex.split(line)[2:] for line in lines if line.startswith("python train.py conf=")]
+    assert len(commands) >= 5
+    for words in commands:
+        conf, overrides, _ = train.parse_command_line(words)
+        assert conf is not None
+        assert "run" in train.compose(conf, overrides)
 
 
 def test_every_stage_composes_and_no_key_is_left_over():
