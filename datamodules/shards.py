@@ -71,9 +71,7 @@ def write_split(
         if not num_examples:
             raise ValueError(f"nothing to write to {folder}: the source gave no example")
         _write_indexes(beside, num_examples, dict(about or {}))
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.rename(folder)
+        replace_folder(folder, beside)
     except OSError as error:
         raise OSError(error.errno, f"could not write {folder}: {error.strerror or error}") from error
     finally:
@@ -287,6 +285,20 @@ def from_record(key: str, files: Mapping[str, bytes]) -> Example:
         tuple(item(negative) for negative in record.get("negatives", ())),
         **{name: record.get(name) for name in ("label", "score", "relevant", "meta")},
     )
+
+
+def replace_folder(folder: Path, beside: Path) -> None:
+    """Put a whole folder in the place of a former one, which is removed only once the new one has its name."""
+    former = folder.with_name(f".{folder.name}.{os.getpid()}.former")
+    if folder.exists():
+        folder.rename(former)
+    try:
+        beside.rename(folder)
+    except OSError:
+        if former.exists():
+            former.rename(folder)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 from samples import picture_bytes, sound_bytes
@@ -101,6 +102,22 @@ def test_an_empty_split_and_a_repeated_key_leave_nothing(tmp_path):
     with pytest.raises(ValueError, match="'e0' came twice"):
         write_split(tmp_path / "train", [EXAMPLES[0], EXAMPLES[0]])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rename_that_fails_keeps_the_former_split(tmp_path, monkeypatch):
+    write_split(tmp_path / "train", EXAMPLES)
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.name.endswith(".partial"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="could not write"):
+        write_split(tmp_path / "train", EXAMPLES[:2])
+    assert len(Split(tmp_path / "train")) == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
 def test_a_full_disk_keeps_the_former_split(tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from datamodules.processors.composed import ComposedProcessor
-from datamodules.shards import sha256_of
+from datamodules.shards import replace_folder, sha256_of
 from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig
 from lightning_modules.encoder.towers import TowerConfig
@@ -54,8 +54,7 @@ def save_encoder(folder: str | Path, encoder: Embedder, processor: ComposedProce
             "sha256": sha256_of(beside / WEIGHTS),
         }
         (beside / "encoder.json").write_text(json.dumps(described, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        replace_folder(folder, beside)
     except (SafetensorError, OSError) as error:
         raise OSError(f"could not write {folder}: {error}; is the disk full? A former checkpoint there is kept") from error
     finally:
