@@ -1,30 +1,31 @@
-"""The masked cosine-softmax loss over all MRL prefixes: one function, whatever computes it.
+"""The masked cosine-softmax loss over all MRL prefixes: one function, three implementations with the same numbers.
 
-Source: Gemini Embedding 2 (arXiv 2605.27295) eq. 2 for the mask and the own positive, EmbeddingGemma (arXiv 2509.20354) for the
-hardness weight and the plain sum over prefixes.
+`reference` writes the equation down, `chunked` makes one pass over the prefixes in plain torch, `triton` fuses it on a GPU; the
+last two make the gradients together with the loss. Source: see `kernels.reference`.
 """
 
+import functools
 import itertools
-from typing import Literal, NamedTuple
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kernels.reference import contrastive_per_prefix
+from kernels.operator import ContrastiveLoss, solve
+from kernels.problem import HALF, Problem
 
-
-class ContrastiveLoss(NamedTuple):
-    """`loss`: scalar, fp32 or wider, weighted sum over prefixes. `per_prefix`: (K,), detached, unweighted."""
-
-    loss: Tensor
-    per_prefix: Tensor
+FLOATS = (*HALF, torch.float32, torch.float64)
+IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
 
 
 def contrastive_loss(
     query: Tensor,
     passage: Tensor,
     *,
-    prefixes: tuple[int, ...],
+    prefixes: Sequence[int],
     temperature: float | Tensor,
     query_id: Tensor | None = None,
     passage_id: Tensor | None = None,
@@ -34,13 +35,17 @@ def contrastive_loss(
     negative_id: Tensor | None = None,
     negatives: Literal["own", "all"] = "own",
     hardness: float = 0.0,
-    weights: tuple[float, ...] | None = None,
-    impl: Literal["auto", "reference"] = "auto",
+    weights: Sequence[float] | None = None,
+    directions: Literal["query", "both"] = "query",
+    impl: Literal["auto", "triton", "chunked", "reference"] = "auto",
 ) -> ContrastiveLoss:
     """Mean over the rows of −log softmax at the own passage, summed over prefixes.
 
+    A row that sees nothing but its own passage adds 0, so B = 1 without hard negatives gives 0. A vector whose prefix is all
+    zeros has cosine 0 with everything and gets no gradient from that prefix. Vectors may have any finite scale.
+
     Args:
-        query: This rank's queries (B, D), any scale.
+        query: This rank's queries (B, D), fp16, bf16, fp32 or fp64.
         passage: Positives of all ranks (N, D), N ≥ B; row i's own is column offset + i.
         prefixes: Increasing widths, the last at most D.
         temperature: τ > 0, a float or a 0-d tensor (which then gets a gradient).
@@ -52,73 +57,67 @@ def contrastive_loss(
         negative_id: Their content ids (M,) int64; None means distinct from everything.
         negatives: `own`: a row sees its own hard negatives (the papers). `all`: every row sees every one, less those equal in
             content to the row's positive. In both an own one that equals the own positive is dropped.
-        hardness: α; 0 switches it off. It weights a row's own hard negatives.
+        hardness: α; 0 switches it off. It weights a row's own hard negatives by e^{α · cosine}, without gradient.
         weights: One weight for each prefix; None means 1.
-        impl: Which implementation; `auto` takes the best there is.
+        directions: `query`: every query finds its passage (the papers). `both` adds the loss of every passage finding its
+            query, without hard negatives; it needs the queries of all ranks (N = B).
+        impl: `auto` takes triton for half-precision inputs on a GPU that can run it, else chunked.
 
     Returns:
-        The loss and its parts. A row that sees nothing but its own passage adds 0.
+        The loss and its parts, in fp32 (fp64 for fp64 inputs); with `both`, of both directions together. Gradients have the
+        dtype of the inputs. They are made with the loss: a second derivative is refused, except by `reference`.
 
     Raises:
-        ValueError: Shapes, prefixes, temperature or ids do not fit.
+        ValueError: Shapes, dtypes, devices, prefixes or ids do not fit; temperature is not above 0; an input is NaN or
+            infinite; `triton` was asked for and cannot run. While a CUDA graph is captured nobody can look at values: NaN in,
+            NaN out.
     """
-    _check(query, passage, prefixes, temperature, offset, negative, negative_row, weights)
-    for name, ids, length in (
-        ("query_id", query_id, len(passage)),
-        ("passage_id", passage_id, len(passage)),
-        ("negative_id", negative_id, 0 if negative is None else len(negative)),
+    for name, value, allowed in (
+        ("negatives", negatives, ("own", "all")),
+        ("directions", directions, ("query", "both")),
+        ("impl", impl, IMPLEMENTATIONS),
     ):
-        if ids is not None and ids.shape != (length,):
-            raise ValueError(f"{name} has shape {tuple(ids.shape)}; it must be ({length},)")
-    if query.dtype in (torch.float16, torch.bfloat16):
-        query, passage = query.float(), passage.float()
-        negative = None if negative is None else negative.float()
-    seen_BM = own_BM = None
-    if negative is not None:
-        assert negative_row is not None
-        seen_BM, own_BM = seen_negatives(negative_row, negative_id, passage_id, len(query), offset, negatives)
-    per_prefix = contrastive_per_prefix(
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    if not isinstance(temperature, Tensor):
+        temperature = torch.tensor(float(temperature), dtype=torch.float64)
+    problem = Problem(
         query,
         passage,
-        prefixes=tuple(prefixes),
-        temperature=temperature,
-        other_BN=other_passages(len(query), len(passage), query_id, passage_id, offset, query.device),
-        negative_MD=negative,
-        seen_BM=seen_BM,
-        own_BM=own_BM,
-        offset=offset,
-        hardness=hardness,
+        negative,
+        temperature,
+        query_id,
+        passage_id,
+        negative_row,
+        negative_id,
+        tuple(prefixes),
+        tuple(weights) if weights is not None else (1.0,) * len(prefixes),
+        offset,
+        negatives == "all",
+        float(hardness),
     )
-    weight = per_prefix.new_tensor(weights if weights is not None else [1.0] * len(prefixes))
-    return ContrastiveLoss((per_prefix * weight).sum(), per_prefix.detach())
+    _check(problem)
+    if directions == "both" and len(passage) != len(query):
+        raise ValueError(f"directions 'both' needs all ranks' queries: there are {len(query)} for {len(passage)} passages")
+    if negative is not None and not len(negative):
+        problem = problem._replace(negative_MD=None, negative_row_M=None, negative_id_M=None)
+    out = solve(problem, _implementation(impl, query.device, query.dtype))
+    if directions == "query":
+        return out
+    back = contrastive_loss(
+        passage,
+        query,
+        prefixes=prefixes,
+        temperature=temperature,
+        query_id=passage_id,
+        passage_id=query_id,
+        weights=weights,
+        impl=impl,
+    )
+    return ContrastiveLoss(out.loss + back.loss, out.per_prefix + back.per_prefix)
 
 
-def other_passages(
-    num_rows: int, num_passages: int, query_id: Tensor | None, passage_id: Tensor | None, offset: int, device: torch.device
-) -> Tensor:
-    """mask(i, j) of the equations (B, N), bool: passage j counts against row i unless query or passage are equal in content."""
-    column_N = torch.arange(num_passages, device=device)
-    row_B = column_N[offset : offset + num_rows]
-    other_BN = row_B[:, None] != column_N
-    for ids in (query_id, passage_id):
-        if ids is not None:
-            other_BN &= ids[row_B][:, None] != ids
-    return other_BN
-
-
-def seen_negatives(
-    negative_row: Tensor, negative_id: Tensor | None, passage_id: Tensor | None, num_rows: int, offset: int, negatives: str
-) -> tuple[Tensor, Tensor]:
-    """Which hard negatives a row sees, and which of them are its own: two (B, M) bool."""
-    row_B = torch.arange(num_rows, device=negative_row.device)
-    own_BM = row_B[:, None] == negative_row
-    seen_BM = own_BM if negatives == "own" else torch.ones_like(own_BM)
-    if negative_id is not None and passage_id is not None:
-        seen_BM = seen_BM & (passage_id[row_B + offset][:, None] != negative_id)
-    return seen_BM, own_BM
-
-
-def check_prefixes(prefixes: tuple[int, ...], width: int) -> None:
+def check_prefixes(prefixes: Sequence[int], width: int) -> None:
     """Raises ValueError unless the prefixes increase and fit into `width`."""
     if not prefixes or prefixes[0] < 1 or any(a >= b for a, b in itertools.pairwise(prefixes)):
         raise ValueError(f"prefixes are {list(prefixes)}; they must be positive and increase")
@@ -126,36 +125,70 @@ def check_prefixes(prefixes: tuple[int, ...], width: int) -> None:
         raise ValueError(f"prefix {prefixes[-1]} is wider than the embedding, which has {width} dimensions")
 
 
-def _check(
-    query: Tensor,
-    passage: Tensor,
-    prefixes: tuple[int, ...],
-    temperature: float | Tensor,
-    offset: int,
-    negative: Tensor | None,
-    negative_row: Tensor | None,
-    weights: tuple[float, ...] | None,
-) -> None:
+def _implementation(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that `auto` stands for here; whether `triton`, asked for by name, can run."""
+    if impl in ("chunked", "reference"):
+        return impl
+    if impl == "auto" and (device.type != "cuda" or dtype not in HALF):
+        return "chunked"
+    reason = _why_not_triton(device, dtype)
+    if reason is None:
+        return "triton"
+    if impl == "triton":
+        raise ValueError(f"impl is 'triton', which cannot run here: {reason}")
+    _say_once(f"the loss runs in plain torch, not in Triton: {reason}")
+    return "chunked"
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    try:
+        from kernels.fused import why_not
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return why_not(device, dtype)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def _check(problem: Problem) -> None:
+    """Whatever can be said of a problem without looking at values."""
+    query, passage, negative = problem.query_BD, problem.passage_ND, problem.negative_MD
     if query.ndim != 2 or passage.ndim != 2 or query.shape[1] != passage.shape[1] or not len(query):
         raise ValueError(
             f"query has shape {tuple(query.shape)} and passage {tuple(passage.shape)}; "
             "they must be (B, D) and (N, D), B at least 1"
         )
-    if offset < 0 or offset + len(query) > len(passage):
-        raise ValueError(f"offset {offset} with {len(query)} queries does not fit into {len(passage)} passages")
-    check_prefixes(tuple(prefixes), query.shape[1])
-    heat = float(temperature.detach()) if isinstance(temperature, Tensor) else temperature
-    if heat <= 0:
-        raise ValueError(f"temperature is {heat}; it must be above 0")
-    if weights is not None and len(weights) != len(prefixes):
-        raise ValueError(f"{len(weights)} weights for {len(prefixes)} prefixes; there must be one for each")
-    if (negative is None) != (negative_row is None):
-        raise ValueError("negative and negative_row must be given together")
-    if (
-        negative is not None
-        and negative_row is not None
-        and (negative.shape[1:], len(negative)) != (query.shape[1:], len(negative_row))
+    if problem.offset < 0 or problem.offset + len(query) > len(passage):
+        raise ValueError(f"offset {problem.offset} with {len(query)} queries does not fit into {len(passage)} passages")
+    check_prefixes(problem.prefixes, query.shape[1])
+    temperature = problem.temperature
+    if temperature.ndim or not temperature.is_floating_point():
+        raise ValueError(f"temperature is a {temperature.dtype} of shape {tuple(temperature.shape)}; it must be one float")
+    if not all(map(math.isfinite, (*problem.weights, problem.hardness))):
+        raise ValueError(f"weights are {list(problem.weights)} and hardness is {problem.hardness}; they must be finite")
+    if len(problem.weights) != len(problem.prefixes):
+        raise ValueError(f"{len(problem.weights)} weights for {len(problem.prefixes)} prefixes; there must be one for each")
+    if (negative is None) != (problem.negative_row_M is None) or (negative is None and problem.negative_id_M is not None):
+        raise ValueError("negative and negative_row must be given together, and negative_id only with them")
+    if negative is not None and (negative.ndim != 2 or negative.shape[1] != query.shape[1]):
+        raise ValueError(f"negative has shape {tuple(negative.shape)}; it must be (M, {query.shape[1]})")
+    for name, ids, length in (
+        ("query_id", problem.query_id_N, len(passage)),
+        ("passage_id", problem.passage_id_N, len(passage)),
+        ("negative_row", problem.negative_row_M, 0 if negative is None else len(negative)),
+        ("negative_id", problem.negative_id_M, 0 if negative is None else len(negative)),
     ):
-        raise ValueError(
-            f"negative has shape {tuple(negative.shape)}; it must be (M, {query.shape[1]}) with a row for each of M"
-        )
+        if ids is not None and (ids.shape != (length,) or ids.dtype != torch.int64 or ids.device != query.device):
+            raise ValueError(
+                f"{name} has shape {tuple(ids.shape)}, {ids.dtype}, on {ids.device}; "
+                f"it must be ({length},), torch.int64, on {query.device}"
+            )
+    for name, x in (("query", query), ("passage", passage), ("negative", negative)):
+        if x is not None and (x.dtype not in FLOATS or (x.dtype, x.device) != (query.dtype, query.device)):
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device}; vectors must be fp16, bf16, fp32 or fp64, and all like query: "
+                f"{query.dtype} on {query.device}"
+            )

@@ -1,82 +1,79 @@
-"""The meaning of the loss: the equations of Gemini Embedding 2 (arXiv 2605.27295, eq. 2) as plain torch, any dtype and device.
+"""The meaning of the losses: the equations as plain torch, any dtype and device; what the other implementations are held to.
 
-Letters: B rows of this rank, N passages of all ranks, M hard negatives, D embedding width, K prefixes.
+Source: Gemini Embedding 2 (arXiv 2605.27295) eq. 2 for the mask and the own positive, EmbeddingGemma (arXiv 2509.20354) for the
+hardness weight and the spread-out term. Letters as in `kernels.problem`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.problem import Problem
 
-def contrastive_per_prefix(
-    query_BD: Tensor,
-    passage_ND: Tensor,
-    *,
-    prefixes: tuple[int, ...],
-    temperature: float | Tensor,
-    other_BN: Tensor,
-    negative_MD: Tensor | None,
-    seen_BM: Tensor | None,
-    own_BM: Tensor | None,
-    offset: int,
-    hardness: float,
-) -> Tensor:
-    """Mean loss over the rows for every prefix, by writing the scores down.
+
+def contrastive_per_prefix(problem: Problem) -> Tensor:
+    """Mean loss over the rows for every prefix (K,), with gradient, by writing the scores down.
 
     With s the cosine of vectors cut to the prefix, own passage p_i and everything else that row i sees:
 
-        loss_i = log(1 + Σ_others w e^{(s(q_i, other) − s(q_i, p_i)) / τ})
+        loss_i = log(1 + Σ_others w e^{(s(q_i, other) − s(q_i, p_i)) / τ}),  w = e^{α sg(s)} for own hard negatives, else 1
 
     The own passage stays out of the sum, so a nearly solved row keeps all its digits.
-
-    Args:
-        query_BD: Queries (B, D).
-        passage_ND: Positives of all ranks (N, D); row i's own is column offset + i.
-        prefixes: Widths, each at most D.
-        temperature: τ.
-        other_BN: Which passages row i sees beside its own (B, N), bool; the mask of the equations.
-        negative_MD: Hard negatives (M, D) or None.
-        seen_BM: Which hard negatives row i sees (B, M), bool.
-        own_BM: Which hard negatives belong to row i (B, M), bool; only these are weighted by hardness.
-        offset: Column of row 0's own passage.
-        hardness: α of EmbeddingGemma (arXiv 2509.20354): w = exp(α · sg(cosine)), not divided by τ.
-
-    Returns:
-        Losses (K,), dtype of the inputs.
     """
-    unseen = torch.finfo(query_BD.dtype).min / 4  # finite: a row that sees nothing keeps a gradient of zero, not NaN
+    num_rows, temperature = len(problem.query_BD), problem.temperature
+    unseen = torch.finfo(problem.query_BD.dtype).min / 4  # finite: a row that sees nothing has a gradient of zero, not NaN
+    other_BN = other_passages(
+        num_rows, len(problem.passage_ND), problem.query_id_N, problem.passage_id_N, problem.offset, problem.query_BD.device
+    )
     losses = []
-    for width in prefixes:
-        query = F.normalize(query_BD[:, :width], dim=-1)
-        passage = F.normalize(passage_ND[:, :width], dim=-1)
-        own_B = (query * passage[offset : offset + len(query)]).sum(-1)
+    for width in problem.prefixes:
+        query, passage = unit(problem.query_BD[:, :width]), unit(problem.passage_ND[:, :width])
+        own_B = (query * passage[problem.own_columns]).sum(-1)
         logit_BX = ((query @ passage.T) / temperature).masked_fill(~other_BN, unseen)
-        if negative_MD is not None:
-            assert seen_BM is not None
-            assert own_BM is not None
-            cosine_BM = query @ F.normalize(negative_MD[:, :width], dim=-1).T
-            weight_BM = hardness * cosine_BM.detach() * own_BM
-            negative_BM = (cosine_BM / temperature + weight_BM).masked_fill(~seen_BM, unseen)
-            logit_BX = torch.cat([logit_BX, negative_BM], dim=1)
+        if problem.negative_MD is not None:
+            seen_BM, own_BM = seen_negatives(problem)
+            cosine_BM = query @ unit(problem.negative_MD[:, :width]).T
+            weight_BM = problem.hardness * cosine_BM.detach() * own_BM
+            logit_BX = torch.cat([logit_BX, (cosine_BM / temperature + weight_BM).masked_fill(~seen_BM, unseen)], dim=1)
         excess_B = torch.logsumexp(logit_BX - (own_B / temperature)[:, None], dim=1)
         losses.append(F.softplus(excess_B, threshold=40.0).mean())
     return torch.stack(losses)
 
 
-def spread_out_per_prefix(x_BD: Tensor, *, prefixes: tuple[int, ...], other_BB: Tensor) -> Tensor:
-    """Mean squared cosine between different rows for every prefix (EmbeddingGemma's L_S for one side).
+def unit(x_RD: Tensor) -> Tensor:
+    """Rows of length 1; a row of zeros stays, and gets no gradient."""
+    norm_R1 = torch.linalg.vector_norm(x_RD, dim=-1, keepdim=True)
+    return x_RD / torch.where(norm_R1 == 0, torch.inf, norm_R1)
 
-    Args:
-        x_BD: Vectors (B, D).
-        prefixes: Widths, each at most D.
-        other_BB: Which pairs count (B, B), bool: never the diagonal, never rows of equal content.
 
-    Returns:
-        Losses (K,): the sum over counted pairs divided by B (B − 1).
-    """
+def other_passages(
+    num_rows: int, num_passages: int, query_id: Tensor | None, passage_id: Tensor | None, offset: int, device: torch.device
+) -> Tensor:
+    """mask(i, j) of the equations (B, N), bool: passage j counts against row i unless query or passage are equal in content."""
+    column_N = torch.arange(num_passages, device=device)
+    row_B = column_N[offset : offset + num_rows]
+    other_BN = row_B[:, None] != column_N
+    for ids in (query_id, passage_id):
+        if ids is not None:
+            other_BN &= ids[row_B][:, None] != ids
+    return other_BN
+
+
+def seen_negatives(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Which hard negatives a row sees, and which of them are its own: two (B, M) bool."""
+    assert problem.negative_row_M is not None
+    row_B = torch.arange(len(problem.query_BD), device=problem.negative_row_M.device)
+    own_BM = row_B[:, None] == problem.negative_row_M
+    seen_BM = torch.ones_like(own_BM) if problem.see_all else own_BM
+    if problem.negative_id_M is not None and problem.passage_id_N is not None:
+        seen_BM = seen_BM & (problem.passage_id_N[row_B + problem.offset][:, None] != problem.negative_id_M)
+    return seen_BM, own_BM
+
+
+def spread_out_per_prefix(x_BD: Tensor, *, prefixes: tuple[int, ...], ids_B: Tensor | None) -> Tensor:
+    """Mean squared cosine between rows of different content for every prefix (K,): their sum divided by B (B − 1)."""
     num_pairs = len(x_BD) * (len(x_BD) - 1)
-    losses = []
-    for width in prefixes:
-        x = F.normalize(x_BD[:, :width], dim=-1)
-        losses.append(((x @ x.T).square() * other_BB).sum() / num_pairs)
-    return torch.stack(losses)
+    ids_B = torch.arange(len(x_BD), device=x_BD.device) if ids_B is None else ids_B
+    other_BB = ids_B[:, None] != ids_B
+    units = [unit(x_BD[:, :width]) for width in prefixes]
+    return torch.stack([((x @ x.T).square() * other_BB).sum() / num_pairs for x in units])

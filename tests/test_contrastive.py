@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from kernels.contrastive import contrastive_loss
-from kernels.spread_out import spread_out_loss
 
 i = torch.arange(4, dtype=torch.float64)[:, None]
 k = torch.arange(8, dtype=torch.float64)
@@ -19,6 +18,7 @@ PASSAGE_ID: dict[str, Any] = {"passage_id": torch.tensor([0, 1, 1, 3])}
 QUERY_ID: dict[str, Any] = {"query_id": torch.tensor([0, 1, 0, 3])}
 
 
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
 @pytest.mark.parametrize(
     ("case", "at_half", "at_twentieth"),
     [
@@ -34,33 +34,20 @@ QUERY_ID: dict[str, Any] = {"query_id": torch.tensor([0, 1, 0, 3])}
     ],
     ids=["A", "B", "C", "C2", "D", "F at 2", "F at 4", "F summed", "all negatives"],
 )
-def test_the_loss_has_its_golden_values(case, at_half, at_twentieth):
+def test_the_loss_has_its_golden_values(case, at_half, at_twentieth, impl):
     for temperature, expected in ((0.5, at_half), (0.05, at_twentieth)):
-        out = contrastive_loss(QUERY, PASSAGE, **{"prefixes": (8,), **case}, temperature=temperature)
+        out = contrastive_loss(QUERY, PASSAGE, **{"prefixes": (8,), **case}, temperature=temperature, impl=impl)
         assert out.loss.item() == pytest.approx(expected, abs=5e-11)
         assert out.per_prefix.sum().item() == pytest.approx(expected, abs=5e-11)
 
 
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
 @pytest.mark.parametrize(("temperature", "expected"), [(0.5, 0.3014875731), (0.05, 2.7656538594)])
-def test_hardness_weights_carry_no_gradient(temperature, expected):
+def test_hardness_weights_carry_no_gradient(temperature, expected, impl):
     query = QUERY.clone().requires_grad_()
-    contrastive_loss(query, PASSAGE, prefixes=(8,), temperature=temperature, hardness=5.0, **OWN).loss.backward()
+    contrastive_loss(query, PASSAGE, prefixes=(8,), temperature=temperature, hardness=5.0, impl=impl, **OWN).loss.backward()
     assert query.grad is not None
     assert query.grad.norm().item() == pytest.approx(expected, abs=5e-11)
-
-
-def test_the_spread_out_term_has_its_golden_values():
-    def both(prefixes):
-        return spread_out_loss(QUERY, prefixes=prefixes).sum() + spread_out_loss(PASSAGE, prefixes=prefixes).sum()
-
-    assert both((8,)).item() == pytest.approx(0.5024903094, abs=5e-11)
-    assert both((2, 4, 8)).item() == pytest.approx(2.0029874798, abs=5e-11)
-
-
-def test_rows_of_equal_content_do_not_spread_out():
-    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    assert spread_out_loss(x, prefixes=(2,)).item() == pytest.approx(2 / 6)
-    assert spread_out_loss(x, prefixes=(2,), ids=torch.tensor([7, 7, 1])).item() == 0
 
 
 def test_high_temperature_leaves_the_log_of_the_candidates():
@@ -160,6 +147,21 @@ def test_the_temperature_gets_a_gradient_when_it_is_a_tensor():
         ({"passage_id": torch.arange(3)}, "passage_id has shape"),
         ({"offset": 1}, "does not fit"),
         ({"negative": NEGATIVE}, "given together"),
+        ({"negative_id": torch.arange(4)}, "only with them"),
+        ({"negative": NEGATIVE[:, :4], "negative_row": torch.arange(4)}, "must be \\(M, 8\\)"),
+        ({"negative": NEGATIVE, "negative_row": torch.arange(1, 5)}, "negative_row holds 1 to 4; there are 4 rows"),
+        ({"negative": NEGATIVE.float(), "negative_row": torch.arange(4)}, "all like query"),
+        ({"passage_id": torch.arange(4, dtype=torch.int32)}, "must be .* torch.int64"),
+        ({"passage_id": torch.arange(4, device="meta")}, "on cpu"),
+        ({"temperature": torch.tensor([0.5, 0.5])}, "it must be one float"),
+        ({"temperature": torch.tensor(-1.0)}, "it must be above 0"),
+        ({"temperature": math.nan}, "it must be above 0"),
+        ({"hardness": math.inf}, "must be finite"),
+        ({"negatives": "some"}, "one of own, all"),
+        ({"impl": "fast"}, "one of auto, triton, chunked, reference"),
+        ({"impl": "triton"}, "fp64 has no tensor cores"),
+        ({"directions": "back"}, "one of query, both"),
+        ({"prefixes": ()}, "must be positive"),
         ({"weights": (1.0, 2.0)}, "one for each"),
     ],
 )

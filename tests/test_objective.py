@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from datamodules.curation.negatives import reciprocal_rank_fusion
+from experiments.bench.loss import peak_bytes
 from kernels.contrastive import contrastive_loss
 from kernels.spread_out import spread_out_loss
 from lightning_modules.objective.objective import ObjectiveConfig, objective
@@ -103,3 +104,28 @@ def test_only_matrices_decay_and_frozen_weights_stay_out():
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.1), (2, 0.0)]
     with pytest.raises(ValueError, match="learning_rate is -1"):
         OptimizerConfig(learning_rate=-1)
+
+
+@pytest.mark.parametrize("contents", [1, 3, 40])
+def test_the_log_of_a_batch_equals_that_of_the_written_mask(contents):
+    generator = torch.Generator().manual_seed(contents)
+    query, target = torch.randn(20, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    query_id, target_id = (torch.randint(0, contents, (20,), generator=generator) for _ in range(2))
+    parts = objective(ObjectiveConfig(), query, target, query_id=query_id, target_id=target_id, prefixes=(8,), progress=0).parts
+    cosine = torch.cosine_similarity(query[:, None], target, dim=-1)
+    seen = [(i, j) for i in range(20) for j in range(20) if query_id[i] != query_id[j] and target_id[i] != target_id[j]]
+    mean = sum(cosine[pair].item() for pair in seen) / max(len(seen), 1)
+    assert parts["negative_cosine"].item() == pytest.approx(mean, abs=1e-6)
+    assert parts["masked_share"].item() == pytest.approx(1 - len(seen) / (20 * 19))
+
+
+def test_no_matrix_of_rows_by_rows_is_made():
+    rows = 6000
+    query, target = (torch.randn(rows, 16).requires_grad_() for _ in range(2))
+    ids = {"query_id": torch.arange(rows), "target_id": torch.arange(rows) % 5000}
+
+    def step():
+        config = ObjectiveConfig(directions="both", centring=1.0)
+        objective(config, query, target, **ids, prefixes=(8, 16), progress=0.5).total.backward()
+
+    assert peak_bytes(step) < rows * rows * 4 / 2

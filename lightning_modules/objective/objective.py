@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.contrastive import contrastive_loss, other_passages
+from kernels.contrastive import contrastive_loss
 from kernels.spread_out import spread_out_loss
 
 
@@ -100,13 +100,9 @@ def objective(
         negative_id=negative_id,
         negatives=config.negatives,
         hardness=config.hardness,
+        directions=config.directions,
     )
     total = config.contrastive * contrastive.loss
-    if config.directions == "both":
-        reverse = contrastive_loss(
-            target_BD, query_BD, prefixes=prefixes, temperature=heat, query_id=target_id, passage_id=query_id
-        )
-        total = total + config.contrastive * reverse.loss
     parts |= {f"loss@{prefix}": loss for prefix, loss in zip(prefixes, contrastive.per_prefix, strict=True)}
     if config.spread_out:
         spread_K = spread_out_loss(query_BD, prefixes=prefixes, ids=query_id)
@@ -143,13 +139,20 @@ def _health(
     Cosine of positives, mean cosine of the in-batch negatives that count, the share of other pairs that the mask leaves out,
     and how many hard negatives were dropped because they equal their own positive.
     """
-    cosine_BB = F.normalize(query_BD, dim=-1) @ F.normalize(target_BD, dim=-1).T
-    other_BB = other_passages(len(query_BD), len(target_BD), query_id, target_id, 0, query_BD.device)
-    num_pairs = len(query_BD) * (len(query_BD) - 1)
+    query_BD, target_BD = F.normalize(query_BD.float(), dim=-1), F.normalize(target_BD.float(), dim=-1)
+    num_rows = len(query_BD)
+    query_group, target_group = (torch.unique(ids, return_inverse=True)[1] for ids in (query_id, target_id))
+    both_group = torch.unique(query_group * num_rows + target_group, return_inverse=True)[1]
+    # of all pairs, those in a group of equal queries or of equal targets are masked; those in both were taken twice
+    cosine, count = query_BD.sum(0) @ target_BD.sum(0), torch.tensor(float(num_rows**2), device=query_BD.device)
+    for sign, group_B in ((-1, query_group), (-1, target_group), (1, both_group)):
+        sum_BD = torch.zeros_like(target_BD).index_put_((group_B,), target_BD, accumulate=True)
+        cosine = cosine + sign * (query_BD * sum_BD[group_B]).sum()
+        count = count + sign * torch.bincount(group_B).square().sum()
     parts = {
-        "positive_cosine": cosine_BB.diagonal().mean(),
-        "negative_cosine": (cosine_BB * other_BB).sum() / other_BB.sum().clamp(min=1),
-        "masked_share": 1.0 - other_BB.sum() / max(num_pairs, 1),
+        "positive_cosine": (query_BD * target_BD).sum(1).mean(),
+        "negative_cosine": torch.where(count > 0, cosine / count.clamp(min=1), 0.0),
+        "masked_share": 1.0 - count / max(num_rows * (num_rows - 1), 1),
     }
     if negative_id is not None and negative_row is not None:
         parts["dropped_negatives"] = (target_id[negative_row] == negative_id).sum()

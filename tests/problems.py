@@ -1,0 +1,77 @@
+"""Random problems for the contrastive loss, and its results side by side."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.contrastive import contrastive_loss
+
+
+def random_problem(
+    seed: int,
+    *,
+    rows: int,
+    passages: int,
+    width: int,
+    prefixes: tuple[int, ...],
+    negatives: int = 0,
+    contents: int | None = None,
+    zeros: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
+    """Arguments of the loss: passages near their queries, `contents` different content ids (None: no ids)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def ids(length: int) -> Tensor | None:
+        return None if contents is None else torch.randint(0, contents, (length,), generator=generator)
+
+    offset = int(torch.randint(0, passages - rows + 1, (), generator=generator))
+    query, passage = randn(rows, width), randn(passages, width)
+    passage[offset : offset + rows] += query
+    if zeros:
+        query[0, : prefixes[0]] = 0
+        passage[offset, : prefixes[0]] = 0
+        passage[-1] = 0
+    problem = {
+        "query": query.to(dtype),
+        "passage": passage.to(dtype),
+        "prefixes": prefixes,
+        "query_id": ids(passages),
+        "passage_id": ids(passages),
+        "offset": offset,
+        "weights": tuple(0.5 + k for k in range(len(prefixes))),
+    }
+    if negatives:
+        problem["negative"] = randn(negatives, width).to(dtype)
+        problem["negative_row"] = torch.randint(0, rows, (negatives,), generator=generator)
+        problem["negative_id"] = ids(negatives)
+    return problem
+
+
+def results(problem: dict[str, Any], temperature: float, **changes: Any) -> dict[str, Tensor]:
+    """Loss, parts, and the gradients of vectors and temperature, in fp64."""
+    arguments = problem | changes
+    dtype = arguments.pop("dtype", None)
+    heat = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
+    leaves = {name: arguments[name] for name in ("query", "passage", "negative") if name in arguments}
+    leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in leaves.items()}
+    out = contrastive_loss(**arguments | leaves, temperature=heat)
+    out.loss.backward()
+    gradients = {name: x.grad for name, x in (leaves | {"temperature": heat}).items()}
+    found = {"loss": out.loss.detach(), "per_prefix": out.per_prefix, **gradients}
+    assert all(torch.isfinite(x).all() for x in found.values()), "a result is not finite"
+    return {name: x.double() for name, x in found.items()}
+
+
+def assert_close(
+    found: dict[str, Tensor], expected: dict[str, Tensor], loss: float, gradient: float, floor: float = 0.0
+) -> None:
+    """Relative errors of norms; `floor` is what a norm may be off by absolutely."""
+    for name, value in expected.items():
+        error = (found[name] - value).norm().item()
+        allowed = (loss if name in ("loss", "per_prefix") else gradient) * value.norm().item() + floor
+        assert error <= allowed, f"{name} is off by {error:.2e}, {allowed:.2e} is allowed"

@@ -1,0 +1,115 @@
+"""The Triton kernels: their numbers through Triton's interpreter (fp32), their machine code by compiling ahead of time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from problems import assert_close, random_problem, results
+
+from kernels import fused
+from kernels.contrastive import contrastive_loss
+from kernels.fused import contrastive_fused
+from kernels.problem import Needs, Problem
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py turns the interpreter on where there is no GPU
+SINGLE = {"loss": 1e-6, "gradient": 1e-5}  # the table of kernels.md
+
+
+def on_device(problem: dict) -> dict:
+    return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in problem.items()}
+
+
+@st.composite
+def problems(draw):
+    rows = draw(st.integers(1, 150))
+    prefixes = tuple(sorted(draw(st.sets(st.integers(1, 150), min_size=1, max_size=4))))
+    return random_problem(
+        draw(st.integers(0, 2**31)),
+        rows=rows,
+        passages=rows + draw(st.integers(0, 140)),
+        width=prefixes[-1] + draw(st.sampled_from([0, 5])),
+        prefixes=prefixes,
+        negatives=draw(st.sampled_from([0, 3, 140])),
+        contents=draw(st.sampled_from([None, 1, 3, 100])),
+        zeros=draw(st.booleans()),
+        dtype=torch.float32,
+    )
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(problems(), st.sampled_from([0.01, 0.05, 1.0]), st.sampled_from(["own", "all"]), st.sampled_from([0.0, 5.0]))
+def test_the_kernels_give_the_numbers_of_the_reference(problem, temperature, negatives, hardness):
+    problem, changes = on_device(problem), {"negatives": negatives, "hardness": hardness}
+    expected = results(problem, temperature, impl="reference", dtype=torch.float64, **changes)
+    # τ scales every rounding of a cosine, and with few rows none of them cancel
+    allowed = {name: error * max(1.0, 0.05 / temperature) for name, error in SINGLE.items()}
+    assert_close(results(problem, temperature, impl="triton", **changes), expected, **allowed, floor=1e-7 / temperature**2)
+
+
+@pytest.mark.parametrize("prefixes", [(64, 128), (128, 256)])
+@pytest.mark.parametrize("workspace_bytes", [1, 2**30])
+def test_chunks_of_rows_change_nothing(prefixes, workspace_bytes, monkeypatch):
+    problem = random_problem(2, rows=300, passages=310, width=prefixes[-1], prefixes=prefixes, negatives=50, contents=200)
+    problem = on_device({name: x.float() if name in ("query", "passage", "negative") else x for name, x in problem.items()})
+    monkeypatch.setattr(contrastive_fused, "__defaults__", (workspace_bytes,))
+    expected = results(problem, 0.05, impl="reference", dtype=torch.float64, negatives="all", hardness=5.0)
+    assert_close(results(problem, 0.05, impl="triton", negatives="all", hardness=5.0), expected, **SINGLE)
+
+
+def test_vectors_rounded_to_bf16_lose_nothing_in_the_scores():
+    problem = random_problem(3, rows=40, passages=50, width=64, prefixes=(16, 64), dtype=torch.bfloat16)
+    problem = on_device(problem | {name: problem[name].float() for name in ("query", "passage")})
+    expected = results(problem, 0.02, impl="reference", dtype=torch.float64)
+    assert_close(results(problem, 0.02, impl="triton"), expected, loss=1e-5, gradient=4e-3)
+
+
+def test_two_runs_are_bitwise_equal():
+    problem = on_device(
+        random_problem(4, rows=150, passages=150, width=70, prefixes=(9, 70), negatives=30, dtype=torch.float32)
+    )
+    first, second = results(problem, 0.05, impl="triton"), results(problem, 0.05, impl="triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_only_needed_gradients_are_made():
+    x = torch.randn(5, 8, device=DEVICE)
+    nothing = (None, None, None, None)
+    row = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    problem = Problem(x, x, x, torch.tensor(0.1), None, None, row, None, (4, 8), (1.0, 1.0), 0, False, 0.0)
+    for i in range(4):
+        needs = Needs(*(j == i for j in range(4)))
+        made = contrastive_fused(problem, needs)[2:]
+        assert tuple(gradient is not None for gradient in made) == needs
+    assert contrastive_fused(problem, Needs(False, False, False, False))[2:] == nothing
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
+def test_an_overflow_that_nobody_looked_for_is_not_hidden():
+    """Inside a CUDA graph values are not looked at: a norm that overflows must give NaN, not a cosine of 0."""
+    x = torch.full((4, 8), 1e25, device=DEVICE)
+    problem = Problem(x, x, None, torch.tensor(0.1), None, None, None, None, (8,), (1.0,), 0, False, 0.0)
+    assert contrastive_fused(problem, Needs(True, True, False, False)).loss.isnan()
+
+
+def test_what_cannot_run_says_why(monkeypatch):
+    x = torch.randn(4, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="fp64 has no tensor cores"):
+        contrastive_loss(x.double(), x.double(), prefixes=(8,), temperature=0.1, impl="triton")
+    monkeypatch.setattr(fused.knobs.runtime, "interpret", False)
+    assert "needs a CUDA device" in str(fused.why_not(torch.device("cpu"), torch.float32))
+
+
+def test_every_shipped_configuration_compiles_within_its_limits():
+    """sm_80 and sm_90: tensor-core instructions, at most 64 bytes of spill, 227 KiB of shared memory, no atomics."""
+    root = Path(__file__).parent.parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "experiments/bench/aot.py"], cwd=root, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 beyond a limit" in done.stdout
