@@ -22,19 +22,20 @@ from torch import Tensor
 from kernels.own_negatives import UNSEEN, OwnNegatives
 from kernels.problem import Comparison, Needs, Problem, Solution, add_scaled_rows, blocks, constant, inverse_norms, prefix_dots
 
-CHUNK_ROWS = 128  # our choice, measured on a CPU: fewer slow the matrix products down, more leave the cache
+CHUNK_ROWS = (128, 256)  # our choice, measured on a CPU: fewer slow the matrix products down, more leave the cache
+CHUNK_ELEMENTS = 2**22  # scores at all prefixes; between the two numbers of rows these decide
 SLAB_ELEMENTS = 2**18  # per thread; our choice, measured: two slabs of fp32 fill 2 MiB of second-level cache
 SAFE_EXPONENT = 60.0  # e^60 summed over a billion columns still fits into fp32
 MAX_PAIRS = 2**20  # our choice: 16 MiB
 
 
-def contrastive_chunked(problem: Problem, needs: Needs, chunk_rows: int = CHUNK_ROWS) -> Solution:
+def contrastive_chunked(problem: Problem, needs: Needs, chunk_rows: int | None = None) -> Solution:
     """Loss and gradients, in the dtype of the inputs (fp32 or fp64).
 
     Args:
         problem: The checked arguments of the loss.
         needs: Which gradients to make; without any, only the scores are computed.
-        chunk_rows: Rows whose scores exist at a time.
+        chunk_rows: Rows whose scores exist at a time; None means as many as were fastest.
     """
     return _Pass(problem, needs, chunk_rows).solve()
 
@@ -42,13 +43,15 @@ def contrastive_chunked(problem: Problem, needs: Needs, chunk_rows: int = CHUNK_
 class _Pass:
     """One pass over the rows; what it leaves behind per row, column and prefix, and the buffers that chunks share."""
 
-    def __init__(self, problem: Problem, needs: Needs, chunk_rows: int) -> None:
-        self.problem, self.needs, self.chunk_rows = problem, needs, min(chunk_rows, len(problem.query_BD))
+    def __init__(self, problem: Problem, needs: Needs, chunk_rows: int | None) -> None:
+        self.problem, self.needs = problem, needs
         self.blocks = blocks(problem.prefixes)
         self.column_XD, self.needs_columns = problem.passage_ND, needs.passage
         if problem.see_all and problem.negative_MD is not None:
             self.column_XD = torch.cat([problem.passage_ND, problem.negative_MD])
             self.needs_columns = needs.passage or needs.negative
+        fitting_rows = CHUNK_ELEMENTS // (len(self.blocks) * len(self.column_XD))
+        self.chunk_rows = min(chunk_rows or max(CHUNK_ROWS[0], min(CHUNK_ROWS[1], fitting_rows)), len(problem.query_BD))
         self.bounded = problem.largest_exponent() <= SAFE_EXPONENT
         self.unseen = _Unseen(problem, len(self.column_XD))
 

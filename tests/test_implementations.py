@@ -1,7 +1,11 @@
 """All implementations give the numbers of the reference, whatever the shapes, and behave inside the rest of torch."""
 
 import math
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import assert_close, random_problem, results
+from ranks import encoder_and_inputs, loss_of
 
 from experiments.bench.loss import peak_bytes
 from kernels import chunked
@@ -342,3 +347,28 @@ def test_the_fallback_from_triton_is_said_once(monkeypatch):
         assert contrastive._implementation("auto", *given) == "chunked"
     with pytest.raises(ValueError, match="impl is 'triton', which cannot run here: the GPU is too old"):
         contrastive._implementation("triton", *given)
+
+
+def test_two_ranks_under_ddp_and_fsdp_average_their_gradients(tmp_path):
+    encoder, inputs = encoder_and_inputs()
+    loss = (loss_of(encoder, inputs[0]) + loss_of(encoder, inputs[1])) / 2
+    (expected,) = torch.autograd.grad(loss, encoder.weight)
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "tests/ranks.py", str(rank), f"file://{tmp_path}/meet"],
+            cwd=root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        printed, _ = rank.communicate(timeout=120)
+        assert rank.returncode == 0
+        for line in printed.splitlines():
+            found = torch.tensor([float(word) for word in line.split()]).reshape(expected.shape)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        assert len(printed.splitlines()) == 2
