@@ -96,18 +96,16 @@ def _contrastive(
         see_all,
         hardness,
     )
-    with torch.autocast(query.device.type, enabled=False):
-        problem, scales = _prepare(problem, keep_half=impl == "triton")
-        solution = _solver(impl)(problem, Needs(*needs))
-        vectors = (query, passage, negative)
-        gradients = [
-            query.new_empty(0)
-            if gradient is None or x is None
-            else (gradient if scale is None else gradient * scale).to(x.dtype)
-            for x, gradient, scale in zip(vectors, solution[2:5], (*scales, None)[:3], strict=True)
-        ]
-        heat = solution.temperature
-        gradients.append(temperature.new_empty(0) if heat is None else heat.to(temperature.device, temperature.dtype))
+    problem, scales = _prepare(problem, keep_half=impl == "triton")
+    solution = _solver(impl)(problem, Needs(*needs))
+    gradients = []
+    for x, gradient, scale in zip((query, passage, negative), solution[2:5], (*scales, None)[:3], strict=True):
+        if x is None or gradient is None:
+            gradients.append(query.new_empty(0))
+        else:
+            gradients.append((gradient if scale is None else gradient * scale).to(x.dtype))
+    heat = solution.temperature
+    gradients.append(temperature.new_empty(0) if heat is None else heat.to(temperature.device, temperature.dtype))
     return solution.loss, solution.per_prefix_K, gradients[0], gradients[1], gradients[2], gradients[3]
 
 

@@ -68,10 +68,17 @@ def results(problem: dict[str, Any], temperature: float, **changes: Any) -> dict
 
 
 def assert_close(
-    found: dict[str, Tensor], expected: dict[str, Tensor], loss: float, gradient: float, floor: float = 0.0
+    found: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    loss: float,
+    gradient: float,
+    rounding: float = 0.0,
+    temperature: float = 1.0,
 ) -> None:
-    """Relative errors of norms; `floor` is what a norm may be off by absolutely."""
+    """Relative errors of norms; a cosine that is off by `rounding` moves a loss by 1/τ of it and a gradient by 1/τ²."""
     for name, value in expected.items():
         error = (found[name] - value).norm().item()
-        allowed = (loss if name in ("loss", "per_prefix") else gradient) * value.norm().item() + floor
+        is_loss = name in ("loss", "per_prefix")
+        floor = rounding / temperature if is_loss else rounding / temperature**2
+        allowed = (loss if is_loss else gradient) * value.norm().item() + floor
         assert error <= allowed, f"{name} is off by {error:.2e}, {allowed:.2e} is allowed"

@@ -45,7 +45,9 @@ def problems(draw):
 def test_chunked_gives_the_numbers_of_the_reference(problem, temperature, negatives, hardness):
     changes = {"negatives": negatives, "hardness": hardness}
     expected = results(problem, temperature, impl="reference", **changes)
-    assert_close(results(problem, temperature, impl="chunked", **changes), expected, **DOUBLE, floor=1e-15 / temperature**2)
+    assert_close(
+        results(problem, temperature, impl="chunked", **changes), expected, **DOUBLE, rounding=1e-15, temperature=temperature
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.05, 0.5])
@@ -108,6 +110,15 @@ def test_the_largest_exponents_stay_finite_and_right(impl, dtype, sign):
     expected = 2 * sum(by_hand) / 2
     assert out.loss.item() == pytest.approx(expected, rel=1e-6 if dtype == torch.float32 else 1e-12, abs=1e-80)
     assert all(torch.isfinite(x).all() for x in gradients)
+
+
+def test_a_hard_negative_alone_may_set_the_scale():
+    """Its exponent is 200, that of the only other passage 0; e^200 is beyond fp32."""
+    query, passage = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[-1.0, 0.0], [-1.0, 0.0]])
+    negative: dict[str, Any] = {"negative": torch.tensor([[1.0, 0.0]]), "negative_row": torch.tensor([0])}
+    for impl in ("reference", "chunked", "triton") if not torch.cuda.is_available() else ("reference", "chunked"):
+        out = contrastive_loss(query, passage, prefixes=(2,), temperature=0.01, impl=impl, **negative)
+        assert out.loss.item() == pytest.approx((200 + math.log(2)) / 2, rel=1e-6)
 
 
 def test_a_closer_copy_of_the_positive_does_not_drown_the_rest():
@@ -285,12 +296,16 @@ def test_nan_and_infinity_are_refused(impl, value, name):
 )
 def test_any_finite_scale_gives_the_same_loss(impl, dtype, scale):
     problem = random_problem(18, rows=6, passages=6, width=8, prefixes=(4, 8), dtype=dtype)
-    expected = contrastive_loss(**problem, temperature=0.05, impl=impl).loss.item()
-    problem["query"] = problem["query"] * scale
+    found = []
+    for by in (1.0, scale):
+        query = (problem["query"] * by).requires_grad_()
+        out = contrastive_loss(**problem | {"query": query}, temperature=0.05, impl=impl)
+        (gradient,) = torch.autograd.grad(out.loss, query)
+        found.append((out.loss.item(), gradient))
     # at 1e-40 fp32 has lost most of its digits before the loss sees them
-    assert contrastive_loss(**problem, temperature=0.05, impl=impl).loss.item() == pytest.approx(
-        expected, rel=1e-3 if scale == 1e-40 else 1e-5
-    )
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3 if scale == 1e-40 else 1e-5)
+    if scale in (1e-30, 1e200):  # at the others the gradient, which goes with 1 / scale, leaves the range of fp32
+        torch.testing.assert_close(found[1][1] * scale, found[0][1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
