@@ -41,14 +41,14 @@ def contrastive_loss(
 ) -> ContrastiveLoss:
     """Mean over the rows of −log softmax at the own passage, summed over prefixes.
 
-    A row that sees nothing but its own passage adds 0, so B = 1 without hard negatives gives 0. A vector whose prefix is all
-    zeros has cosine 0 with everything and gets no gradient from that prefix. Vectors may have any finite scale.
+    A row that sees nothing but its own passage adds 0, so B = 1 without hard negatives gives 0. Vectors may have any finite
+    scale. A prefix of zeros, or one below 2⁻⁵⁰ of its vector's length, has cosine 0 with everything and gets no gradient.
 
     Args:
         query: This rank's queries (B, D), fp16, bf16, fp32 or fp64.
         passage: Positives of all ranks (N, D), N ≥ B; row i's own is column offset + i.
         prefixes: Increasing widths, the last at most D.
-        temperature: τ > 0, a float or a 0-d tensor (which then gets a gradient).
+        temperature: τ between 1e-6 and 1e12, a float or a 0-d tensor (which then gets a gradient).
         query_id: Content ids of all ranks' queries (N,) int64; None means all distinct.
         passage_id: Content ids of the passages (N,) int64; None means all distinct.
         offset: Column of row 0's own passage.
@@ -68,7 +68,7 @@ def contrastive_loss(
         dtype of the inputs. They are made with the loss: a second derivative is refused, except by `reference`.
 
     Raises:
-        ValueError: Shapes, dtypes, devices, prefixes or ids do not fit; temperature is not above 0; an input is NaN or
+        ValueError: Shapes, dtypes, devices, prefixes or ids do not fit; temperature is out of range; an input is NaN or
             infinite; `triton` was asked for and cannot run. While a CUDA graph is captured nobody can look at values: NaN in,
             NaN out.
     """
@@ -99,9 +99,12 @@ def contrastive_loss(
     _check(problem)
     if directions == "both" and len(passage) != len(query):
         raise ValueError(f"directions 'both' needs all ranks' queries: there are {len(query)} for {len(passage)} passages")
-    if negative is not None and not len(negative):
-        problem = problem._replace(negative_MD=None, negative_row_M=None, negative_id_M=None)
-    out = solve(problem, _implementation(impl, query.device, query.dtype))
+    implementation = _implementation(impl, query.device, query.dtype)
+    if negative is None or len(negative):
+        out = solve(problem, implementation)
+    else:
+        out = solve(problem._replace(negative_MD=None, negative_row_M=None, negative_id_M=None), implementation)
+        out = out._replace(loss=out.loss + negative.sum())  # 0; it stays in the graph, its gradient is as empty as it
     if directions == "query":
         return out
     back = contrastive_loss(
@@ -140,6 +143,7 @@ def _implementation(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     return "chunked"
 
 
+@torch.compiler.assume_constant_result
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         from kernels.fused import why_not
@@ -167,6 +171,8 @@ def _check(problem: Problem) -> None:
     temperature = problem.temperature
     if temperature.ndim or not temperature.is_floating_point():
         raise ValueError(f"temperature is a {temperature.dtype} of shape {tuple(temperature.shape)}; it must be one float")
+    if temperature.device not in (torch.device("cpu"), query.device):
+        raise ValueError(f"temperature is on {temperature.device}; it must be on {query.device}, as the vectors are")
     if not all(map(math.isfinite, (*problem.weights, problem.hardness))):
         raise ValueError(f"weights are {list(problem.weights)} and hardness is {problem.hardness}; they must be finite")
     if len(problem.weights) != len(problem.prefixes):

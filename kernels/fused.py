@@ -25,12 +25,11 @@ from torch import Tensor
 from triton import knobs
 
 from kernels.own_negatives import OwnNegatives
-from kernels.problem import Needs, Problem, Solution, blocks, by_block, constant
+from kernels.problem import Needs, Problem, Solution, blocks, by_block, constant, inverse
 from kernels.tiles import BLOCK_K, BLOCK_M, BLOCK_N, HALF_N, close, prologue, pull_columns, pull_rows, scores, weigh
 
 LAUNCH = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 WORKSPACE_BYTES = 2**30  # of E and W; our choice
-TINY = 2.0**-20  # stands for 1 / norm of a prefix of zeros in the scores: they are 0 all the same, and what is masked stays so
 LOG2_E = 1.0 / math.log(2.0)
 
 
@@ -42,6 +41,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return (
             None if device.type == "cpu" and dtype == torch.float32 else "Triton's interpreter is right for fp32 on a CPU only"
         )
+    if dtype == torch.float32:
+        return "its products are of half-precision vectors; take impl='chunked'"
     if device.type != "cuda":
         return f"the vectors are on {device}; Triton needs a CUDA device"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -50,10 +51,10 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def contrastive_fused(problem: Problem, needs: Needs, workspace_bytes: int = WORKSPACE_BYTES) -> Solution:
-    """Loss and gradients; gradients have the dtype of the inputs.
+    """Loss and gradients; those of queries and passages have the dtype of the inputs, or fp32 where that would lose digits.
 
     Args:
-        problem: The checked arguments of the loss, vectors in bf16, fp16 or fp32.
+        problem: The checked arguments of the loss, vectors in bf16 or fp16, in the interpreter fp32.
         needs: Which gradients to make; without any, only the scores are computed.
         workspace_bytes: Bound on the memory of a chunk's E; at least BLOCK_M rows are taken at a time.
     """
@@ -85,7 +86,7 @@ class _Fused:
         self.inverse_KX, _ = self._prologue(self.column, None)  # 1 / |x|
         self.scale_KB = (self.inverse_KB / problem.temperature).float()
         self.own_score_KB = dot_KB * self.scale_KB * self.inverse_KX[:, problem.own_columns]
-        self.scale2_KB = torch.where(self.inverse_KB == 0, TINY, self.scale_KB * LOG2_E)  # exponents are to the base 2
+        self.scale2_KB = self.scale_KB * LOG2_E  # exponents are to the base 2
         self.own2_KB = self.own_score_KB * LOG2_E
         self.own_negatives = None
         if problem.negative_MD is not None:
@@ -98,20 +99,25 @@ class _Fused:
         self.column_sum_KX = torch.zeros_like(self.inverse_KX)
 
     def _prologue(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        inverse_KR = torch.empty(self.num_prefixes, len(x), dtype=torch.float32, device=x.device)
-        dot_KR = torch.empty_like(inverse_KR) if y is not None else inverse_KR
+        norm_KR = torch.empty(self.num_prefixes, len(x), dtype=torch.float32, device=x.device)
+        dot_KR = torch.empty_like(norm_KR) if y is not None else norm_KR
         prologue[(triton.cdiv(len(x), 16),)](
-            x, x if y is None else y, inverse_KR, dot_KR, self.edges,
+            x, x if y is None else y, norm_KR, dot_KR, self.edges,
             len(x), x.shape[1], self.num_prefixes, self.problem.offset,
             HAS_Y=y is not None, BLOCK_R=16, BLOCK_C=BLOCK_K, **LAUNCH | {"num_warps": 4},
         )  # fmt: skip
-        return inverse_KR, dot_KR
+        return inverse(norm_KR), dot_KR
 
     def solve(self) -> Solution:
         problem, needs, shape = self.problem, self.needs, (self.num_columns, self.query.shape[1])
         empty = self.query.new_empty
-        grad_query = torch.empty_like(self.query) if needs.query else None
-        grad_column = empty(shape) if self.needs_columns else None
+        # fp16 would underflow; own hard negatives are still to be added
+        exact = self.query.dtype == torch.float16
+        grad_query = None
+        if needs.query:
+            dtype = torch.float32 if exact or self.own_negatives is not None else self.query.dtype
+            grad_query = torch.empty_like(self.query, dtype=dtype)
+        grad_column = empty(shape, dtype=torch.float32 if exact else self.query.dtype) if self.needs_columns else None
         several = self.chunk_rows < self.num_rows
         running = empty(shape, dtype=torch.float32) if self.needs_columns and several else self.inverse_KX
         weight = empty(self.num_prefixes, self.chunk_rows, self.columns_padded, dtype=self.dtype)
@@ -138,9 +144,7 @@ class _Fused:
         if self.own_negatives is not None:
             grad_KM = self.own_negatives.gradient(self.factor_KB, shift_KB)
             if grad_query_BD is not None:
-                pull_BD = torch.zeros_like(grad_query_BD, dtype=torch.float32)
-                self.own_negatives.add_to_queries(pull_BD, grad_KM)
-                grad_query_BD = (grad_query_BD + pull_BD).to(grad_query_BD.dtype)
+                self.own_negatives.add_to_queries(grad_query_BD, grad_KM)
             if needs.negative:
                 grad_negative_MD = self.own_negatives.own_gradient(grad_KM)
                 if grad_column_XD is not None and problem.see_all:
@@ -159,7 +163,7 @@ class _Fused:
         see_all = problem.see_all and problem.negative_MD is not None
         scores[(self.chunk_rows // BLOCK_M * (self.columns_padded // BLOCK_N),)](
             self.query, self.column, weight, tile_max, tile_sum,
-            self.scale2_KB, self.own2_KB, torch.where(self.inverse_KX == 0, TINY, self.inverse_KX), self.edges,
+            self.scale2_KB, self.own2_KB, self.inverse_KX, self.edges,
             problem.query_id_N, problem.passage_id_N, problem.negative_row_M, problem.negative_id_M,
             rows.start, self.num_rows, chunk_rows, len(problem.passage_ND), self.num_columns, problem.offset,
             self.query.shape[1], num_tiles, self.chunk_rows, self.columns_padded,
@@ -183,7 +187,7 @@ class _Fused:
         num_tiles, tiles_m = self.columns_padded // HALF_N, self.chunk_rows // BLOCK_M
         row_part = torch.empty_like(tile_max)
         column_part = tile_max.new_empty(self.num_prefixes, tiles_m, self.columns_padded)
-        weigh[(tiles_m, num_tiles)](
+        weigh[(num_tiles, tiles_m)](
             weight, tile_max, factor, self.shift2_KB, self.own2_KB, self.scale_KB, self.inverse_KX, row_part, column_part,
             rows.start, self.num_rows, rows.stop - rows.start, self.num_columns, self.num_prefixes,
             num_tiles, self.chunk_rows, self.columns_padded,

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from kernels.chunked import contrastive_chunked
-from kernels.problem import HALF, Needs, Problem, Solution, row_scales
+from kernels.problem import HALF, Needs, Problem, Solution, may_look, row_scales
 from kernels.reference import contrastive_per_prefix
+
+TEMPERATURES = (1e-6, 1e12)  # beyond them scores leave the range of fp32
 
 
 class ContrastiveLoss(NamedTuple):
@@ -47,22 +49,43 @@ def _prepare(problem: Problem, keep_half: bool) -> tuple[Problem, list[Tensor | 
     Raises:
         ValueError: A value is NaN, infinite, not above 0 (τ) or no row (negative_row).
     """
-    given = [x for x in (problem.query_BD, problem.passage_ND, problem.negative_MD) if x is not None]
+    given = [x.contiguous() for x in (problem.query_BD, problem.passage_ND, problem.negative_MD) if x is not None]
     if not keep_half:
         given = [x.float() if x.dtype in HALF else x for x in given]
-    scales = row_scales(given)
+    scales = row_scales([x[:, : problem.prefixes[-1]] for x in given])
     query_BD, passage_ND, *negative = (x if scale is None else x * scale for x, scale in zip(given, scales, strict=True))
-    if not (given[0].is_cuda and torch.cuda.is_current_stream_capturing()):
-        if not problem.temperature.detach() > 0:
-            raise ValueError(f"temperature is {problem.temperature.item()}; it must be above 0")
-        row_M = problem.negative_row_M
-        if row_M is not None and not bool(((row_M >= 0) & (row_M < len(query_BD))).all()):
-            raise ValueError(f"negative_row holds {row_M.min().item()} to {row_M.max().item()}; there are {len(query_BD)} rows")
-    problem = problem._replace(query_BD=query_BD, passage_ND=passage_ND, negative_MD=negative[0] if negative else None)
+    if may_look(query_BD):
+        _check_values(problem)
+    ids = (problem.query_id_N, problem.passage_id_N, problem.negative_row_M, problem.negative_id_M)
+    query_id, passage_id, negative_row, negative_id = (None if x is None else x.contiguous() for x in ids)
+    problem = problem._replace(
+        query_BD=query_BD,
+        passage_ND=passage_ND,
+        negative_MD=negative[0] if negative else None,
+        query_id_N=query_id,
+        passage_id_N=passage_id,
+        negative_row_M=negative_row,
+        negative_id_M=negative_id,
+    )
     return problem, scales
 
 
-@torch.library.custom_op("polyphony::contrastive", mutates_args=())
+def _check_values(problem: Problem) -> None:
+    if not TEMPERATURES[0] <= problem.temperature.detach() <= TEMPERATURES[1]:
+        raise ValueError(
+            f"temperature is {problem.temperature.item()}; it must be above 0, between {TEMPERATURES[0]:g} and {TEMPERATURES[1]:g}"
+        )
+    row_M, num_rows = problem.negative_row_M, len(problem.query_BD)
+    if row_M is not None and not bool(((row_M >= 0) & (row_M < num_rows)).all()):
+        raise ValueError(f"negative_row holds {row_M.min().item()} to {row_M.max().item()}; there are {num_rows} rows")
+
+
+def _gradient_dtype(x: Tensor) -> torch.dtype:
+    """Of the gradient that is made with the loss: fp16 would underflow before a gradient scaler multiplies it."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+@torch.library.custom_op("polyphony::contrastive", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _contrastive(
     query: Tensor,
     passage: Tensor,
@@ -96,14 +119,15 @@ def _contrastive(
         see_all,
         hardness,
     )
-    problem, scales = _prepare(problem, keep_half=impl == "triton")
-    solution = _solver(impl)(problem, Needs(*needs))
-    gradients = []
-    for x, gradient, scale in zip((query, passage, negative), solution[2:5], (*scales, None)[:3], strict=True):
-        if x is None or gradient is None:
-            gradients.append(query.new_empty(0))
-        else:
-            gradients.append((gradient if scale is None else gradient * scale).to(x.dtype))
+    with torch.cuda.device_of(query):
+        problem, scales = _prepare(problem, keep_half=impl == "triton")
+        solution = _solver(impl)(problem, Needs(*needs))
+        gradients = []
+        for x, gradient, scale in zip((query, passage, negative), solution[2:5], (*scales, None)[:3], strict=True):
+            if x is None or gradient is None:
+                gradients.append(query.new_empty(0))
+            else:
+                gradients.append((gradient if scale is None else gradient * scale).to(_gradient_dtype(x)).contiguous())
     heat = solution.temperature
     gradients.append(temperature.new_empty(0) if heat is None else heat.to(temperature.device, temperature.dtype))
     return solution.loss, solution.per_prefix_K, gradients[0], gradients[1], gradients[2], gradients[3]
@@ -115,23 +139,23 @@ def _(query, passage, negative, temperature, *others):
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     loss, per_prefix = query.new_empty((), dtype=wide), query.new_empty(len(prefixes), dtype=wide)
     gradients = (
-        torch.empty_like(x) if needed else like.new_empty(0)
-        for x, like, needed in zip(
-            (query, passage, negative, temperature), (query, query, query, temperature), needs, strict=True
-        )
+        query.new_empty(0) if x is None or not needed else x.new_empty(x.shape, dtype=_gradient_dtype(x))
+        for x, needed in zip((query, passage, negative, temperature), needs, strict=True)
     )
     return loss, per_prefix, *gradients
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # nobody differentiates the other outputs
     ctx.save_for_backward(*output[2:])
+    ctx.dtypes = [None if x is None or not needed else x.dtype for x, needed in zip(inputs[:4], inputs[-2], strict=True)]
     ctx.num_others = len(inputs) - 4
-    ctx.needs = inputs[-2]
 
 
 def _backward(ctx, grad_loss, *_):
     gradients = [
-        _scaled(gradient, grad_loss) if needed else None for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        None if dtype is None or grad_loss is None else _scaled(gradient, grad_loss, dtype)
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     ]
     return *gradients, *[None] * ctx.num_others
 
@@ -140,14 +164,14 @@ torch.library.register_autograd("polyphony::contrastive", _backward, setup_conte
 
 
 @torch.library.custom_op("polyphony::scaled", mutates_args=())
-def _scaled(gradient: Tensor, by: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient that was made with the loss, times the gradient of the loss."""
-    return gradient * by.to(gradient.device)
+    return (gradient * by.to(gradient.device)).to(dtype)
 
 
 @_scaled.register_fake
-def _(gradient, by):
-    return torch.empty_like(gradient)
+def _(gradient, by, dtype):
+    return torch.empty_like(gradient, dtype=dtype)
 
 
 def _refuse(ctx, grad):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
-SAFE_RANGE = (2.0**-30, 2.0**30)  # of a row's largest entry: its square, and sums of such, fit into fp32
+SAFE_RANGE = (2.0**-10, 2.0**10)  # of a row's largest entry
+NEGLIGIBLE = 2.0**-50  # of a vector's length; in the safe range the inverse of more than that has a square within fp32
 
 
 class Problem(NamedTuple):
@@ -99,24 +100,30 @@ def row_scales(vectors: Sequence[Tensor]) -> list[Tensor | None]:
     """For each (R, D) the powers of two (R, 1) that bring its rows into the safe range; None where all rows lie in it.
 
     Raises:
-        ValueError: A value is NaN or infinite. Nothing is looked at while a CUDA graph is captured.
+        ValueError: A value is NaN or infinite; not where nobody may look, in a CUDA graph's capture and in traced code.
     """
-    if vectors[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        return [None] * len(vectors)
     peaks = [torch.linalg.vector_norm(x.detach(), torch.inf, dim=1) for x in vectors]
     peaks = [peak.float() if peak.dtype in HALF else peak for peak in peaks]
+    if not may_look(vectors[0]):
+        return [_scale(x, peak) for x, peak in zip(vectors, peaks, strict=True)]
     bounds = torch.stack([torch.stack((peak.max(), torch.where(peak == 0, 1.0, peak).min())) for peak in peaks]).tolist()
     if not all(math.isfinite(largest) for largest, _ in bounds):
         raise ValueError("a vector holds NaN or infinity; look for the layer that made it before the loss")
-    largest_exponent = 1000 if vectors[0].dtype == torch.float64 else 126  # keeps the power of two itself finite
-    scales: list[Tensor | None] = []
-    for x, peak, (largest, smallest) in zip(vectors, peaks, bounds, strict=True):
-        if SAFE_RANGE[0] <= smallest and largest <= SAFE_RANGE[1]:
-            scales.append(None)
-        else:
-            exponent = peak.frexp().exponent.clamp(-largest_exponent, largest_exponent)
-            scales.append(torch.exp2(-exponent.to(peak.dtype)).to(x.dtype)[:, None])
-    return scales
+    return [
+        None if SAFE_RANGE[0] <= smallest and largest <= SAFE_RANGE[1] else _scale(x, peak)
+        for x, peak, (largest, smallest) in zip(vectors, peaks, bounds, strict=True)
+    ]
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether the host may wait for values: not while a CUDA graph is captured or code is traced."""
+    return not (torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
+def _scale(x_RD: Tensor, peak_R: Tensor) -> Tensor:
+    largest = 1000 if x_RD.dtype == torch.float64 else 126  # keeps the power of two itself finite
+    exponent_R = peak_R.frexp().exponent.clamp(-largest, largest).to(peak_R.dtype)
+    return torch.exp2(-exponent_R).to(x_RD.dtype)[:, None]
 
 
 @functools.cache
@@ -138,14 +145,20 @@ def prefix_dots(x_RD: Tensor, y_RD: Tensor, prefixes: tuple[int, ...]) -> Tensor
 def inverse_norms(x_RD: Tensor, prefixes: tuple[int, ...]) -> Tensor:
     """1 / norm of every prefix (K, R); 0 for a prefix of zeros, whose cosine with everything is 0."""
     norm_KR = torch.stack([torch.linalg.vector_norm(x_RD[:, block], dim=1) for block in blocks(prefixes)])
-    norm_KR = norm_KR.square().cumsum(0).sqrt()
-    return torch.where(norm_KR == 0, 0.0, 1.0 / norm_KR)
+    return inverse(norm_KR.square().cumsum(0).sqrt())
+
+
+def inverse(norm_KR: Tensor) -> Tensor:
+    """1 / norm; 0 where a prefix is as good as zeros beside the longest one, whose norm is the last."""
+    return torch.where(norm_KR <= NEGLIGIBLE * norm_KR[-1], 0.0, 1.0 / norm_KR)
 
 
 def add_at(to_KR: Tensor, row_M: Tensor, value_KM: Tensor) -> Tensor:
-    """Adds values to the rows they belong to, in place; the order of the sums is fixed, also on a GPU."""
-    to_KR.T.index_put_((row_M,), value_KM.T, accumulate=True)
-    return to_KR
+    """Adds values to the rows they belong to, in place; what fixes the order of the sums differs between CPU and GPU."""
+    if to_KR.is_cuda:
+        to_KR.T.index_put_((row_M,), value_KM.T, accumulate=True)
+        return to_KR
+    return to_KR.index_add_(1, row_M, value_KM)
 
 
 def by_block(factor_KR: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.problem import Problem
+from kernels.problem import NEGLIGIBLE, Problem
 
 
 def contrastive_per_prefix(problem: Problem) -> Tensor:
@@ -25,14 +25,15 @@ def contrastive_per_prefix(problem: Problem) -> Tensor:
     other_BN = other_passages(
         num_rows, len(problem.passage_ND), problem.query_id_N, problem.passage_id_N, problem.offset, problem.query_BD.device
     )
+    query_BD, passage_ND = (x[:, : problem.prefixes[-1]] for x in (problem.query_BD, problem.passage_ND))
     losses = []
     for width in problem.prefixes:
-        query, passage = unit(problem.query_BD[:, :width]), unit(problem.passage_ND[:, :width])
+        query, passage = unit(query_BD, width), unit(passage_ND, width)
         own_B = (query * passage[problem.own_columns]).sum(-1)
         logit_BX = ((query @ passage.T) / temperature).masked_fill(~other_BN, unseen)
         if problem.negative_MD is not None:
             seen_BM, own_BM = seen_negatives(problem)
-            cosine_BM = query @ unit(problem.negative_MD[:, :width]).T
+            cosine_BM = query @ unit(problem.negative_MD[:, : problem.prefixes[-1]], width).T
             weight_BM = problem.hardness * cosine_BM.detach() * own_BM
             logit_BX = torch.cat([logit_BX, (cosine_BM / temperature + weight_BM).masked_fill(~seen_BM, unseen)], dim=1)
         excess_B = torch.logsumexp(logit_BX - (own_B / temperature)[:, None], dim=1)
@@ -40,10 +41,11 @@ def contrastive_per_prefix(problem: Problem) -> Tensor:
     return torch.stack(losses)
 
 
-def unit(x_RD: Tensor) -> Tensor:
-    """Rows of length 1; a row of zeros stays, and gets no gradient."""
-    norm_R1 = torch.linalg.vector_norm(x_RD, dim=-1, keepdim=True)
-    return x_RD / torch.where(norm_R1 == 0, torch.inf, norm_R1)
+def unit(x_RD: Tensor, width: int) -> Tensor:
+    """Rows cut to `width`, of length 1; zeros, also where the cut is negligible beside its row, and these get no gradient."""
+    norm_R1 = torch.linalg.vector_norm(x_RD[:, :width], dim=-1, keepdim=True)
+    negligible_R1 = NEGLIGIBLE * torch.linalg.vector_norm(x_RD.detach(), dim=-1, keepdim=True)
+    return x_RD[:, :width] / torch.where(norm_R1 <= negligible_R1, torch.inf, norm_R1)
 
 
 def other_passages(
@@ -75,5 +77,5 @@ def spread_out_per_prefix(x_BD: Tensor, *, prefixes: tuple[int, ...], ids_B: Ten
     num_pairs = len(x_BD) * (len(x_BD) - 1)
     ids_B = torch.arange(len(x_BD), device=x_BD.device) if ids_B is None else ids_B
     other_BB = ids_B[:, None] != ids_B
-    units = [unit(x_BD[:, :width]) for width in prefixes]
+    units = [unit(x_BD[:, : prefixes[-1]], width) for width in prefixes]
     return torch.stack([((x @ x.T).square() * other_BB).sum() / num_pairs for x in units])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.contrastive import check_prefixes
-from kernels.problem import HALF, row_scales
+from kernels.contrastive import FLOATS, check_prefixes
+from kernels.problem import HALF, may_look, row_scales
 from kernels.reference import unit
 
 CHUNK_ELEMENTS = 2**20  # scores that exist at a time; our choice
@@ -34,15 +34,18 @@ def spread_out_loss(x: Tensor, *, prefixes: Sequence[int], ids: Tensor | None = 
     if x.ndim != 2 or len(x) < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, D) with B at least 2")
     check_prefixes(prefixes, x.shape[1])
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x is {x.dtype}; it must be fp16, bf16, fp32 or fp64")
     if ids is not None and (ids.shape != (len(x),) or ids.device != x.device):
         raise ValueError(f"ids has shape {tuple(ids.shape)} on {ids.device}; it must be ({len(x)},) on {x.device}")
     with torch.autocast(x.device.type, enabled=False):
         x_BD = x.float() if x.dtype in HALF else x
+        x_BD = x_BD[:, : prefixes[-1]]
         (scale,) = row_scales([x_BD])
         x_BD = x_BD if scale is None else x_BD * scale
         gram_is_cheaper = sum(width * width for width in prefixes) < len(x) * sum(prefixes)
         pairs = _equal_pairs(ids, x) if gram_is_cheaper else None
-        units = [unit(x_BD[:, :width]) for width in prefixes]
+        units = [unit(x_BD, width) for width in prefixes]
         if pairs is not None:
             sums = [_sum_by_gram(unit_BC, pairs) for unit_BC in units]
         else:
@@ -52,10 +55,10 @@ def spread_out_loss(x: Tensor, *, prefixes: Sequence[int], ids: Tensor | None = 
 
 
 def _equal_pairs(ids: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Rows i < j of equal content, two (P,); None when they are more than the rows, or a CUDA graph is captured."""
+    """Rows i < j of equal content, two (P,); None when they are more than the rows, or nobody may count them."""
     if ids is None:
         return torch.empty(0, dtype=torch.int64, device=x.device), torch.empty(0, dtype=torch.int64, device=x.device)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if not may_look(x):
         return None
     sorted_B, order_B = ids.sort(stable=True)
     rows, columns, distance = [], [], 1

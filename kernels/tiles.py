@@ -13,16 +13,16 @@ BLOCK_M = 128  # rows of a tile of scores
 BLOCK_N = 128  # columns of a tile of scores; its two halves leave the registers one after the other
 BLOCK_K = 64  # coordinates of a step
 HALF_N = BLOCK_N // 2
-MASKED = tl.constexpr(-1e30)  # survives the norms of any rows in the safe range
+MASKED = tl.constexpr(-1e30)  # far below any dot product of rows in the safe range
 
 
 @triton.jit
 def prologue(
-    x, y, inverse, dots, edges,
+    x, y, norm, dots, edges,
     num_rows, width, num_prefixes, first_y,
     HAS_Y: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Inverse norm of every prefix of every row, and its dot product with a row of y.
+    """Norm of every prefix of every row, and its dot product with a row of y.
 
     A program owns BLOCK_R rows and walks over all coordinates once; sums in fp32, in order of the coordinates.
     """
@@ -43,8 +43,7 @@ def prologue(
             if HAS_Y:
                 dot += tl.sum(x_tile * tl.load(y_row + columns, inside, other=0.0).to(tl.float32), 1)
         at = k * num_rows + rows
-        norm = tl.sqrt(tl.where(square < float("inf"), square, float("nan")))  # 1 / inf would hide an overflow
-        tl.store(inverse + at, tl.where(square == 0, 0.0, 1.0 / tl.where(square == 0, 1.0, norm)), valid)
+        tl.store(norm + at, tl.sqrt(square), valid)
         if HAS_Y:
             tl.store(dots + at, dot, valid)
         start = stop
@@ -59,7 +58,7 @@ def _leave(
 ):  # fmt: skip
     """One half of a tile at a prefix edge: E relative to the row's largest exponent, that exponent, and the row's sum."""
     column = tl.load(inverse_column + k * num_columns + columns, columns < num_columns, other=1.0)
-    excess = dot * column[None, :] * scale_row[:, None] - own_row[:, None]
+    excess = tl.where(dot < MASKED / 2, MASKED, dot * column[None, :] * scale_row[:, None] - own_row[:, None])
     largest = tl.maximum(tl.max(excess, 1), MASKED)
     e = tl.exp2(excess - largest[:, None])
     at = (k * num_tiles + tile_n * 2 + half) * rows_padded + rows
@@ -180,7 +179,7 @@ def weigh(
     A program owns a tile at all prefixes and goes from the last to the first, W accumulating in fp32. Scores come back as the
     logarithm of E.
     """
-    tile, half = tl.program_id(0), tl.program_id(1)
+    half, tile = tl.program_id(0), tl.program_id(1)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = half * HALF + tl.arange(0, HALF)
     valid, inside = rows < chunk_rows, columns < num_columns
@@ -197,7 +196,7 @@ def weigh(
         score = tl.log2(tl.maximum(e, 1e-38)) + (exponent + tl.load(own + base))[:, None]
         product = tl.where(e > 0, gradient * score, 0.0)
         tl.store(row_part + at, tl.sum(product, 1))
-        tl.store(column_part + (k * tl.num_programs(0) + tile) * columns_padded + columns, tl.sum(product, 0))
+        tl.store(column_part + (k * tl.num_programs(1) + tile) * columns_padded + columns, tl.sum(product, 0))
         pull = tl.load(pull_column + k * num_columns + columns, inside, other=0.0)
         merged += gradient * tl.load(pull_row + base)[:, None] * pull[None, :]
         tl.store(place, merged.to(weight.dtype.element_ty))

@@ -75,10 +75,14 @@ def assert_close(
     rounding: float = 0.0,
     temperature: float = 1.0,
 ) -> None:
-    """Relative errors of norms; a cosine that is off by `rounding` moves a loss by 1/τ of it and a gradient by 1/τ²."""
+    """Relative errors of norms, and what follows from cosines that are off by `rounding`.
+
+    That moves an exponent by 1/τ of it, hence a loss absolutely and a gradient relatively; a gradient which cancels, as a
+    radial one does, keeps about ten of these roundings, and that of τ has another 1/τ.
+    """
     for name, value in expected.items():
-        error = (found[name] - value).norm().item()
-        is_loss = name in ("loss", "per_prefix")
-        floor = rounding / temperature if is_loss else rounding / temperature**2
-        allowed = (loss if is_loss else gradient) * value.norm().item() + floor
+        error, is_loss = (found[name] - value).norm().item(), name in ("loss", "per_prefix")
+        exponent = rounding / temperature
+        floor = exponent if is_loss else 10 * exponent / (temperature if name == "temperature" else 1)
+        allowed = max(loss if is_loss else gradient, 10 * exponent) * value.norm().item() + floor
         assert error <= allowed, f"{name} is off by {error:.2e}, {allowed:.2e} is allowed"

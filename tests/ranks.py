@@ -1,4 +1,4 @@
-"""One of two ranks that train a linear encoder with the loss, under DDP and FSDP; prints its gradients (test_implementations)."""
+"""One of two ranks that train a linear encoder with the loss, under DDP and FSDP: prints its gradients for a test to read."""
 
 import sys
 

@@ -53,9 +53,21 @@ def test_random_unit_vectors_have_the_expected_value():
     assert spread_out_loss(x, prefixes=(16, 64)).tolist() == pytest.approx([1 / 16, 1 / 64], rel=0.02)
 
 
+@pytest.mark.parametrize("rows", [5, 40])
+def test_torch_compile_takes_it_whole(rows):
+    x, ids = torch.randn(rows, 8), torch.arange(rows) % 4
+    compiled = torch.compile(spread_out_loss, backend="aot_eager", fullgraph=True)
+    found = []
+    for function in (spread_out_loss, compiled):
+        leaf = x.clone().requires_grad_()
+        function(leaf, prefixes=(4, 8), ids=ids).sum().backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_any_scale_gives_the_same(scale):
-    x = torch.randn(20, 6)
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(spread_out_loss(x * scale, prefixes=(6,)), spread_out_loss(x, prefixes=(6,)), rtol=1e-5, atol=0)
 
 
@@ -65,6 +77,7 @@ def test_any_scale_gives_the_same(scale):
         (torch.ones(1, 4), None, "B at least 2"),
         (torch.ones(3, 4), torch.arange(2), "ids has shape"),
         (torch.full((3, 4), torch.nan), None, "NaN or infinity"),
+        (torch.ones(3, 4, dtype=torch.int64), None, "it must be fp16"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(x, ids, message):

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from kernels import fused, tiles
 
 MAX_STACK_BYTES = 64
-MAX_SHARED_BYTES = 227 * 1024
+MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 ARCHITECTURES = (80, 90)
 DTYPES = ("bf16", "fp16")  # of vectors; fp32 runs the same code without tensor cores
 TILE = {"BLOCK_M": tiles.BLOCK_M, "BLOCK_K": tiles.BLOCK_K}
 SAME_EVERYWHERE = {"BLOCK_M", "BLOCK_K", "GROUP"}
-VECTORS = {"x", "y", "query", "column", "passage", "original_query", "gradient"}
+VECTORS = {"x", "y", "query", "column", "passage", "original_query"}
 OPERANDS = {("pull_rows", "column"), ("pull_columns", "query")}  # multiplied with W, which is bf16 beside fp16 vectors too
 POINTERS = {"weight": "*bf16", "edges": "*i32", "tile_prefix": "*i32", "query_id": "*i64", "passage_id": "*i64"}
 POINTERS |= {"negative_row": "*i64", "negative_id": "*i64"}
@@ -47,13 +47,14 @@ HEADER = f"{'kernel':<13} {'vectors':<8} {'constants':<68} {'sm':>3} {' '.join(C
 
 
 class Configuration(NamedTuple):
-    """One way in which a kernel is launched: dtype of the vectors, constants, and whether it multiplies matrices."""
+    """One way in which a kernel is launched: dtypes of vectors and gradients, constants, whether it multiplies matrices."""
 
     kernel: str
     vectors: str
     constants: dict
     num_warps: int
     has_products: bool
+    gradient: str = ""
 
 
 def configurations() -> Iterator[Configuration]:
@@ -65,10 +66,12 @@ def configurations() -> Iterator[Configuration]:
             flags = {"HAS_QUERY_ID": ids, "HAS_PASSAGE_ID": ids, "SEE_ALL": see_all, "HAS_NEGATIVE_ID": ids and see_all}
             yield Configuration("scores", vectors, {**flags, **TILE, "BLOCK_N": tiles.BLOCK_N, "GROUP": 8}, warps, True)
         for block_n in (tiles.BLOCK_N, tiles.BLOCK_K):
-            yield Configuration("pull_rows", vectors, {**TILE, "BLOCK_N": block_n}, warps, True)
+            for gradient in ("bf16", "fp32") if vectors == "bf16" else ("fp32",):
+                yield Configuration("pull_rows", vectors, {**TILE, "BLOCK_N": block_n}, warps, True, gradient)
             for first, last in itertools.product((True, False), (True, False)):
                 flags = {"FIRST": first, "LAST": last}
-                yield Configuration("pull_columns", vectors, {**flags, **TILE, "BLOCK_N": block_n}, warps, True)
+                gradient = "bf16" if vectors == "bf16" else "fp32"
+                yield Configuration("pull_columns", vectors, {**flags, **TILE, "BLOCK_N": block_n}, warps, True, gradient)
     for has_own in (True, False):
         yield Configuration("close", "bf16", {"HAS_OWN": has_own, "BLOCK_R": 32}, 1, False)
     yield Configuration("weigh", "bf16", {"BLOCK_M": tiles.BLOCK_M, "HALF": tiles.HALF_N}, warps, False)
@@ -89,6 +92,8 @@ def build(configuration: Configuration, architecture: int) -> dict[str, int]:
             signature[name] = "*bf16"
         elif name in VECTORS:
             signature[name] = f"*{configuration.vectors}"
+        elif name == "gradient":
+            signature[name] = f"*{configuration.gradient}"
         else:
             signature[name] = POINTERS.get(name, "*fp32")
         if signature[name].startswith("*") or name in MULTIPLES_OF_16:
@@ -135,7 +140,9 @@ def main() -> int:
             name = f"{configuration.kernel:<13} {configuration.vectors:<8} {shown:<68} {architecture:>3}"
             print(name, *(f"{found[column]:>{len(column)}}" for column in COLUMNS))
             rows.append({**configuration._asdict(), "architecture": architecture, **found})
-            fits = found["stack"] <= MAX_STACK_BYTES and found["shared"] <= MAX_SHARED_BYTES and not found["atomics"]
+            fits = (
+                found["stack"] <= MAX_STACK_BYTES and found["shared"] <= MAX_SHARED_BYTES[architecture] and not found["atomics"]
+            )
             if not fits or configuration.has_products != (found["tensor_core"] > 0):
                 broken.append(" ".join(name.split()))
     if arguments.json:

@@ -11,6 +11,8 @@ peak beside it. Inputs are fresh random vectors with duplicate content ids in ev
 import argparse
 import ctypes
 import gc
+import importlib.metadata
+import itertools
 import json
 import platform
 import statistics
@@ -223,78 +225,123 @@ def _seconds_by_count(rows: int, width: int, repeats: int) -> dict[int, float]:
 
 
 def on_gpu(arguments: argparse.Namespace) -> dict:
-    """Correctness first, then timing, then the largest batch; each size alternates its contestants."""
+    """Correctness first, then timing with alternating contestants, a CUDA graph of a small batch, and the largest batch."""
     table: list[dict] = []
     for width, prefixes in ((3072, (768, 1536, 3072)), (768, (128, 256, 512, 768))):
         _check_on_gpu(width, prefixes)
         for rows in (1024, 8192, 32768):
             table += _time_on_gpu(rows, width, prefixes, arguments.repeats)
+        print(f"D = {width}: 1,024 rows inside a CUDA graph take {_microseconds_in_graph(1024, width, prefixes):.0f} µs")
+        print(f"D = {width}: largest batch that fits {_largest_batch(width, prefixes)} rows")
     return {"table": table}
 
 
 def _check_on_gpu(width: int, prefixes: tuple[int, ...]) -> None:
-    """The fused loss against the fp64 reference on the same bf16 inputs; two runs bit for bit."""
-    inputs = Inputs.fresh(1000, width, 5, "cuda", torch.bfloat16)
-    arguments = {"prefixes": prefixes, "temperature": TEMPERATURE}
-    truth = loss_and_gradients(inputs, torch.float64, "reference", **arguments)
-    first, second = (loss_and_gradients(inputs, torch.bfloat16, "triton", **arguments) for _ in range(2))
-    of_losses, of_gradients = relative_errors(truth, first)
-    print(f"D = {width}: relative errors of losses {of_losses:.1e}, of gradients {of_gradients:.1e}")
-    assert of_losses < 1e-5, "the losses are wrong"
-    assert of_gradients < 4e-3, "the gradients are wrong"
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "two runs differ"
+    """The fused loss against the fp64 reference on the same half-precision inputs, in one chunk of rows and in several."""
+    from kernels import fused
+
+    generator = torch.Generator().manual_seed(0)
+    cases: list[dict[str, Any]] = [{}, {"negatives": "all"}, {"negatives": "own", "hardness": 5.0}]
+    for dtype in (torch.bfloat16, torch.float16):
+        for temperature, workspace_bytes, case in itertools.product((0.05, 0.01), (1, 2**30), cases):
+            inputs = Inputs.fresh(1000, width, 5, "cuda", dtype)
+            if case:
+                row = torch.randint(0, 1000, (1500,), generator=generator).cuda()
+                negative = (inputs.passage.detach()[row] + torch.randn(1500, width, generator=generator).cuda()).to(dtype)
+                case = case | {"negative": negative, "negative_row": row, "negative_id": inputs.passage_id[row.flip(0)]}
+            setting = {"prefixes": prefixes, "temperature": temperature}
+            upcast = {name: x.double() if name == "negative" else x for name, x in case.items()}
+            truth = loss_and_gradients(inputs, torch.float64, "reference", **setting, **upcast)
+            fused.contrastive_fused.__defaults__ = (workspace_bytes,)
+            first, second = (loss_and_gradients(inputs, dtype, "triton", **setting, **case) for _ in range(2))
+            fused.contrastive_fused.__defaults__ = (fused.WORKSPACE_BYTES,)
+            of_losses, of_gradients = relative_errors(truth, first)
+            names = " ".join(f"{name}={case[name]}" for name in ("negatives", "hardness") if name in case)
+            print(f"D = {width}, {dtype}, τ = {temperature} {names}: losses {of_losses:.1e}, gradients {of_gradients:.1e}")
+            assert of_losses < 1e-5 or (truth[0] - first[0]).abs().max() < 1e-6, "the losses are wrong"
+            assert of_gradients < 4e-3, "the gradients are wrong"
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "two runs differ"
+
+
+def _autocast(inputs: Inputs, prefixes: tuple[int, ...]) -> Tensor:
+    with torch.autocast("cuda", torch.bfloat16):
+        return naive(inputs, prefixes)
 
 
 def _time_on_gpu(rows: int, width: int, prefixes: tuple[int, ...], repeats: int) -> list[dict]:
-    def autocast(inputs: Inputs, prefixes: tuple[int, ...]) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
-            return naive(inputs, prefixes)
-
+    """A row for each contestant that can run; one that cannot says why and stays out."""
     contestants: dict[str, Callable] = {
         "ours": ours,
-        "one cross entropy per prefix, bf16 autocast": autocast,
-        "torch.compile of it": torch.compile(autocast, dynamic=False),
+        "one cross entropy per prefix, bf16 autocast": _autocast,
+        "torch.compile of it": torch.compile(_autocast, dynamic=False),
         "Inf-CL once per prefix": inf_cl_loss,
     }
     milliseconds: dict[str, list[float]] = {name: [] for name in contestants}
     memory: dict[str, float] = {}
-    for repeat in range(repeats + 3):
+    for repeat in range(repeats + 3):  # the first three warm up
         for name, loss in list(contestants.items()):
             inputs = Inputs.fresh(rows, width, repeat, "cuda", torch.bfloat16)
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             try:
-                start.record()
-                step(loss, inputs, prefixes)
-                stop.record()
-                torch.cuda.synchronize()
-            except (torch.OutOfMemoryError, ImportError) as error:
-                print(f"{name} at {rows} rows: {error}", file=sys.stderr)
+                taken = _milliseconds(lambda loss=loss, inputs=inputs: step(loss, inputs, prefixes))
+            except Exception as error:  # whatever stops another's loss must not stop the table
+                print(f"{name} at {rows} rows: {type(error).__name__}: {error}", file=sys.stderr)
                 del contestants[name]
                 continue
             memory[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
             if repeat >= 3:
-                milliseconds[name].append(start.elapsed_time(stop))
+                milliseconds[name].append(taken)
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.mm(x, x)
-    start.record()
-    for _ in range(10):
-        torch.mm(x, x)
-    stop.record()
-    torch.cuda.synchronize()
-    peak = 10 * 2 * 8192**3 / start.elapsed_time(stop) / 1e9  # TFLOP/s
-    rows_of_table = []
+    peak = 2 * 8192**3 / min(_milliseconds(lambda: torch.mm(x, x)) for _ in range(10)) / 1e9  # TFLOP/s
+    table = []
     for name in contestants:
         median = statistics.median(milliseconds[name])
         share = 6 * rows * rows * width / median / 1e9 / peak
-        row = {"rows": rows, "width": width, "loss": name, "ms": median, "share_of_peak": share, "peak_mib": memory[name]}
         print(
             f"{rows:>6} × {width:<5} {name:<44} {median:>8.2f} ms {share:>5.0%} of {peak:.0f} TFLOP/s {memory[name]:>7.0f} MiB"
         )
-        rows_of_table.append(row)
-    return rows_of_table
+        table.append(
+            {"rows": rows, "width": width, "loss": name, "ms": median, "share_of_peak": share, "peak_mib": memory[name]}
+        )
+    return table
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop)
+
+
+def _microseconds_in_graph(rows: int, width: int, prefixes: tuple[int, ...]) -> float:
+    """Median of replays of forward and backward, after the warm-up that capture asks for."""
+    inputs = Inputs.fresh(rows, width, 0, "cuda", torch.bfloat16)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(ours, inputs, prefixes)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(ours, inputs, prefixes)
+    return 1000 * statistics.median(_milliseconds(graph.replay) for _ in range(50))
+
+
+def _largest_batch(width: int, prefixes: tuple[int, ...]) -> int:
+    """Doubles the rows from 65,536 until a step no longer fits."""
+    rows, fits = 65536, 0
+    while rows <= 2**20:
+        try:
+            step(ours, Inputs.fresh(rows, width, 0, "cuda", torch.bfloat16), prefixes)
+            torch.cuda.synchronize()
+        except torch.OutOfMemoryError:
+            break
+        rows, fits = 2 * rows, rows
+    return fits
 
 
 def main() -> None:
@@ -306,19 +353,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     arguments = parser.parse_args()
     has_gpu = torch.cuda.is_available()
-    hardware = torch.cuda.get_device_name() if has_gpu else _processor()
-    print(f"{hardware}, torch {torch.__version__}" + ("" if has_gpu else "; the Triton kernels: not run on a GPU yet"))
+    about = {
+        "hardware": torch.cuda.get_device_name() if has_gpu else _processor(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
+    }
+    print(", ".join(about.values()) + ("" if has_gpu else "; the Triton kernels: not run on a GPU yet"))
     figures = on_gpu(arguments) if has_gpu else on_cpu(arguments)
     if arguments.json:
-        setting = {
-            "rows": arguments.rows,
-            "width": arguments.width,
-            "prefixes": arguments.prefixes,
-            "repeats": arguments.repeats,
-        }
-        arguments.json.write_text(
-            json.dumps({"hardware": hardware, "torch": torch.__version__, **setting, **figures}, indent=1) + "\n"
-        )
+        setting = {name: value for name, value in vars(arguments).items() if name != "json"}
+        arguments.json.write_text(json.dumps({**about, **setting, **figures}, indent=1) + "\n")
 
 
 def _processor() -> str:
