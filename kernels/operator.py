@@ -71,10 +71,9 @@ def _prepare(problem: Problem, keep_half: bool) -> tuple[Problem, list[Tensor | 
 
 
 def _check_values(problem: Problem) -> None:
-    if not TEMPERATURES[0] <= problem.temperature.detach() <= TEMPERATURES[1]:
-        raise ValueError(
-            f"temperature is {problem.temperature.item()}; it must be above 0, between {TEMPERATURES[0]:g} and {TEMPERATURES[1]:g}"
-        )
+    lowest, highest = TEMPERATURES
+    if not lowest <= problem.temperature.detach() <= highest:
+        raise ValueError(f"temperature is {problem.temperature.item()}; it must be above 0, between {lowest:g} and {highest:g}")
     row_M, num_rows = problem.negative_row_M, len(problem.query_BD)
     if row_M is not None and not bool(((row_M >= 0) & (row_M < num_rows)).all()):
         raise ValueError(f"negative_row holds {row_M.min().item()} to {row_M.max().item()}; there are {num_rows} rows")
