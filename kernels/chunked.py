@@ -78,24 +78,26 @@ class _Pass:
             slab_rows = min(slab_rows, max(1, SLAB_ELEMENTS * torch.get_num_threads() // (num_prefixes * num_columns)))
         weight_KRX = self.column_XD.new_empty(num_prefixes, self.chunk_rows, num_columns)
         score_KSX = self.column_XD.new_empty(num_prefixes, slab_rows, num_columns)
-        for start in range(0, num_rows, self.chunk_rows):
-            rows = slice(start, min(start + self.chunk_rows, num_rows))
-            chunk_KRX = weight_KRX[:, : rows.stop - start]
+        for top in range(0, num_rows, self.chunk_rows):
+            rows = slice(top, min(top + self.chunk_rows, num_rows))
+            chunk_KRX = weight_KRX[:, : rows.stop - top]
             for dot_RX, block in zip(chunk_KRX, self.blocks, strict=True):
                 torch.mm(self.problem.query_BD[rows, block], self.column_XD[:, block].T, out=dot_RX)
-            for slab_KSX in chunk_KRX.split(slab_rows, dim=1):
+            for slab_KSX, start in zip(chunk_KRX.split(slab_rows, dim=1), range(top, rows.stop, slab_rows), strict=True):
                 self._score(slab_KSX, score_KSX[:, : slab_KSX.shape[1]], start)
-                start += slab_KSX.shape[1]
             self._spread(chunk_KRX, rows)
         return self._close()
 
     def _score(self, slab_KSX: Tensor, score_KSX: Tensor, start: int) -> None:
-        """Losses of the rows from `start` at every prefix; turns their block products into W where gradients are asked for."""
+        """What the rows from `start` sum to at every prefix; turns their block products into W where gradients are asked for.
+
+        In place, and a pass over the slab a line: this is where the time beside the matrix products goes.
+        """
         rows = slice(start, start + slab_KSX.shape[1])
-        layers, column_K1X = slab_KSX.unbind(0), self.column_KX[:, None]
+        layers = slab_KSX.unbind(0)
         for previous_SX, layer_SX in itertools.pairwise(layers):
             layer_SX.add_(previous_SX)
-        torch.mul(slab_KSX, column_K1X, out=score_KSX)  # s |q| τ
+        torch.mul(slab_KSX, self.column_KX[:, None], out=score_KSX)  # s |q| τ
         excess_KSX = torch.mul(score_KSX, self.scale_KB[:, rows, None], out=slab_KSX)
         excess_KSX.sub_(self.own_score_KB[:, rows, None])
         self.unseen.fill(excess_KSX, start)
