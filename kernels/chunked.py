@@ -26,7 +26,7 @@ CHUNK_ROWS = (128, 256)  # our choice, measured on a CPU: fewer slow the matrix 
 CHUNK_ELEMENTS = 2**22  # scores at all prefixes; between the two numbers of rows these decide
 SLAB_ELEMENTS = 2**18  # per thread; our choice, measured: two slabs of fp32 fill 2 MiB of second-level cache
 SAFE_EXPONENT = 60.0  # e^60 summed over a billion columns still fits into fp32
-MAX_PAIRS = 2**20  # our choice: 16 MiB
+MAX_PAIRS = 2**20  # of one comparison; our choice: a list of 8 MiB
 
 
 def contrastive_chunked(problem: Problem, needs: Needs, chunk_rows: int | None = None) -> Solution:

@@ -47,7 +47,7 @@ def _prepare(problem: Problem, keep_half: bool) -> tuple[Problem, list[Tensor | 
     """The problem in the dtype it is computed in, rows in the safe range, and the powers of two that brought them there.
 
     Raises:
-        ValueError: A value is NaN, infinite, not above 0 (τ) or no row (negative_row).
+        ValueError: A vector holds NaN or infinity, τ is out of range, or a negative_row is no row.
     """
     given = [x.contiguous() for x in (problem.query_BD, problem.passage_ND, problem.negative_MD) if x is not None]
     if not keep_half:

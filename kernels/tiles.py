@@ -51,17 +51,16 @@ def prologue(
 
 @triton.jit
 def _leave(
-    dot, half, k, tile_m, tile_n, rows, columns,
+    dot, half, k, rows, columns,
     weight, tile_max, tile_sum, scale_row, own_row, inverse_column,
     num_columns, num_tiles, rows_padded, columns_padded,
-    HALF: tl.constexpr,
 ):  # fmt: skip
     """One half of a tile at a prefix edge: E relative to the row's largest exponent, that exponent, and the row's sum."""
     column = tl.load(inverse_column + k * num_columns + columns, columns < num_columns, other=1.0)
     excess = tl.where(dot < MASKED / 2, MASKED, dot * column[None, :] * scale_row[:, None] - own_row[:, None])
-    largest = tl.maximum(tl.max(excess, 1), MASKED)
-    e = tl.exp2(excess - largest[:, None])
-    at = (k * num_tiles + tile_n * 2 + half) * rows_padded + rows
+    largest = tl.max(excess, 1)
+    e = tl.exp2(excess - largest[:, None])  # pyright: ignore[reportCallIssue, reportArgumentType] (tl.max has no return type)
+    at = (k * num_tiles + half) * rows_padded + rows
     tl.store(tile_max + at, largest)
     tl.store(tile_sum + at, tl.sum(e, 1))
     place = (k * rows_padded + rows).to(tl.int64)[:, None] * columns_padded + columns[None, :]
@@ -127,12 +126,12 @@ def scores(
             first, second = tl.split(tl.permute(tl.reshape(dot, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
             low = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
             _leave(
-                first, 0, k, tile_m, tile_n, rows, low, weight, tile_max, tile_sum, scale_row, own_row, inverse_column,
-                num_columns, num_tiles, rows_padded, columns_padded, BLOCK_N // 2,
+                first, 2 * tile_n, k, rows, low, weight, tile_max, tile_sum, scale_row, own_row, inverse_column,
+                num_columns, num_tiles, rows_padded, columns_padded,
             )  # fmt: skip
             _leave(
-                second, 1, k, tile_m, tile_n, rows, low + BLOCK_N // 2, weight, tile_max, tile_sum, scale_row, own_row,
-                inverse_column, num_columns, num_tiles, rows_padded, columns_padded, BLOCK_N // 2,
+                second, 2 * tile_n + 1, k, rows, low + BLOCK_N // 2, weight, tile_max, tile_sum, scale_row, own_row,
+                inverse_column, num_columns, num_tiles, rows_padded, columns_padded,
             )  # fmt: skip
             k += 1
             edge = tl.load(edges + k)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.contrastive import contrastive_loss
@@ -50,6 +51,24 @@ def random_problem(
         problem["negative_row"] = torch.randint(0, rows, (negatives,), generator=generator)
         problem["negative_id"] = ids(negatives)
     return problem
+
+
+@st.composite
+def problems(draw, *, max_rows: int, max_others: int, max_width: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Any problem of at most these sizes; `max_others` bounds the passages of other ranks, and the hard negatives."""
+    rows = draw(st.integers(1, max_rows))
+    prefixes = tuple(sorted(draw(st.sets(st.integers(1, max_width), min_size=1, max_size=4))))
+    return random_problem(
+        draw(st.integers(0, 2**31)),
+        rows=rows,
+        passages=rows + draw(st.integers(0, max_others)),
+        width=prefixes[-1] + draw(st.integers(0, 5)),
+        prefixes=prefixes,
+        negatives=draw(st.integers(0, max_others)),
+        contents=draw(st.sampled_from([None, 1, 3, 30])),
+        zeros=draw(st.booleans()),
+        dtype=dtype,
+    )
 
 
 def results(problem: dict[str, Any], temperature: float, **changes: Any) -> dict[str, Tensor]:

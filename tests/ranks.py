@@ -1,4 +1,4 @@
-"""One of two ranks that train a linear encoder with the loss, under DDP and FSDP: prints its gradients for a test to read."""
+"""One of two ranks that train a linear encoder with the loss, under DDP and FSDP: prints its gradients (test_operator.py)."""
 
 import sys
 
