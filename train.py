@@ -164,7 +164,7 @@ def fit(stage: type, config: dict[str, Any], wants_help: bool) -> None:
     """Train a stage through the Lightning CLI, which refuses unknown keys and wrong types at every depth."""
     from lightning.pytorch.cli import LightningCLI
 
-    from datamodules.shards import replace_file
+    from datamodules.files import replace_file
     from datamodules.training import TrainingData
 
     class StageCLI(LightningCLI):

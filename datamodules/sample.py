@@ -15,6 +15,17 @@ MEDIA_KINDS = ("image", "page", "audio", "video")
 KINDS = TEXT_KINDS + MEDIA_KINDS
 
 
+class BadExampleError(ValueError):
+    """An example that cannot be used; `cause` says why in two or three words that can be counted."""
+
+    def __init__(self, message: str, cause: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (str(self), self.cause)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One piece of content.
@@ -83,7 +94,7 @@ class Example:
     """What a shard stores under one key.
 
     Args:
-        key: Unique within its split; no dot, slash or white space (WebDataset splits names at the first dot).
+        key: Unique within its shard; those that we write hold no dot, slash or white space, see `datamodules.record`.
         query: What is embedded first; None in a corpus split, whose documents are targets.
         target: What it should lie near; None where there is only a label, or a corpus decides.
         negatives: Hard negatives of this query.
@@ -103,8 +114,8 @@ class Example:
     meta: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if not self.key or any(c in "./\\" or c.isspace() for c in self.key):
-            raise ValueError(f"bad example key {self.key!r}: it needs a character and no dot, slash or white space")
+        if not self.key or not self.key.isprintable():
+            raise ValueError(f"bad example key {self.key!r}: it needs a character and only printable ones")
         if self.query is None and self.target is None:
             raise ValueError(f"example {self.key!r} has neither a query nor a target")
 

@@ -1,47 +1,34 @@
-"""Shards: the tar layout of an Example, its writer, and a checked reader.
+"""Shards: a split is written once, opened in the same time whatever its size, and checked on every read.
 
-A split is a folder:
+    <set>/<split>/000000.tar       a plain WebDataset tar, see `datamodules.record`
+    <set>/<split>/manifest.json    with examples.npy and members.npy the index, see `datamodules.index`
+    <set>/<split>/quarantine.json  examples that are left out, see `datamodules.verify`; absent where none is
 
-    <set>/<split>/000000.tar          a plain WebDataset tar
-    <set>/<split>/000000.index.json   key, field, offset, size and CRC-32 of every member
-    <set>/<split>/manifest.json       counts, SHA-256 of every file, licence and source
-
-In a tar an example is `<key>.json` followed by its media, named by the place they fill:
-`<key>.query.0.jpg` is part 0 of the query, `<key>.negative1.0.ogg` part 0 of the second hard negative. The JSON is
-
-    {"query": {"parts": [{"kind": "text", "text": ".."}, {"kind": "image", "file": "query.1.jpg"}], "title": ".."},
-     "target": {..}, "negatives": [{..}], "label": "..", "score": 1.0, "relevant": {"<key>": 1.0}, "meta": {..}}
-
-with absent fields left out. Any WebDataset reader can read it. A split is written beside its place and renamed into it,
-so that a half-written one never has the name of a whole one.
+A split is written beside its place and renamed into it, so that a half-written one never has the name of a whole one.
 """
 
-import hashlib
 import json
 import os
 import shutil
-import tarfile
-import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+import numpy as np
 from webdataset.writer import TarWriter
 
-from datamodules.sample import TEXT_KINDS, Example, Item, Part
+from datamodules.files import replace_file, replace_folder, sha256_of
+from datamodules.index import FORMAT, MEMBER, TABLES, crc32_of, example_dtype, write_index
+from datamodules.record import Columns, from_record, parse_json, to_record
+from datamodules.sample import BadExampleError, Example
+from datamodules.store import Store
 
-FORMAT = "polyphony-shards/1"
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """Where one file of an example lies inside its tar."""
-
-    field: str
-    offset: int
-    size: int
-    crc32: int
+MAX_MANIFEST_BYTES = 2**28
+MAX_OPEN_FILES = 64
+QUARANTINE = "quarantine.json"
+QUARANTINE_FORMAT = "polyphony-quarantine/1"
 
 
 def write_split(
@@ -59,7 +46,7 @@ def write_split(
         The number of examples written.
 
     Raises:
-        ValueError: No example came, or a key came twice.
+        ValueError: No example came, a key came twice or cannot be a file's name.
         OSError: The disk is full or the place is not writable; what was begun is removed, a former split stays.
     """
     folder = Path(folder)
@@ -70,7 +57,8 @@ def write_split(
         num_examples = _write_tars(beside, examples, examples_per_shard)
         if not num_examples:
             raise ValueError(f"nothing to write to {folder}: the source gave no example")
-        _write_indexes(beside, num_examples, dict(about or {}))
+        manifest = write_index(beside, sorted(beside.glob("*.tar")), about=about)
+        assert manifest["num_examples"] == num_examples
         replace_folder(folder, beside)
     except OSError as error:
         raise OSError(error.errno, f"could not write {folder}: {error.strerror or error}") from error
@@ -99,225 +87,234 @@ def _write_tars(folder: Path, examples: Iterable[Example], examples_per_shard: i
     return len(keys)
 
 
-def _write_indexes(folder: Path, num_examples: int, about: dict[str, Any]) -> None:
-    shards = []
-    for tar in sorted(folder.glob("*.tar")):
-        index = index_tar(tar)
-        index_file = tar.with_suffix(".index.json")
-        rows = [[key, m.field, m.offset, m.size, m.crc32] for key, members in index.items() for m in members]
-        index_file.write_text(json.dumps({"columns": ["key", "field", "offset", "size", "crc32"], "members": rows}))
-        shards.append(
-            {
-                "name": tar.name,
-                "num_examples": len(index),
-                "bytes": tar.stat().st_size,
-                "sha256": sha256_of(tar),
-                "index_sha256": sha256_of(index_file),
-            }
-        )
-    assert sum(shard["num_examples"] for shard in shards) == num_examples
-    manifest = {"format": FORMAT, "num_examples": num_examples, "about": about, "shards": shards}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
-
-
-def index_tar(path: Path) -> dict[str, list[Member]]:
-    """Read a tar once and say where everything lies: key to members, in order.
-
-    Raises:
-        ValueError: A member is no regular file, has no dot in its name, or its key is not contiguous.
-    """
-    index: dict[str, list[Member]] = {}
-    last = None
-    with tarfile.open(path) as tar:
-        for info in tar:
-            key, dot, field = info.name.partition(".")
-            if not info.isreg() or not dot or (key in index and key != last):
-                raise ValueError(f"{path}: member {info.name!r} does not belong in a shard")
-            file = tar.extractfile(info)
-            assert file is not None
-            index.setdefault(key, []).append(Member(field, info.offset_data, info.size, zlib.crc32(file.read())))
-            last = key
-    return index
-
-
 class Split:
-    """A written split, read by position: every read is checked against the index's CRC-32.
+    """A split, read by position: every read is checked against the index's CRC-32, which covers the example's name too.
 
-    Opening checks that all shards are there with the sizes that the manifest names and that the indexes are whole.
+    Opening checks that the tables are what the manifest says (SHA-256) and, of local shards, that all are there with their
+    sizes. Examples in the quarantine list have no position, unless `quarantine` is False.
 
     Args:
-        folder: The split's folder.
+        folder: The split's folder, local or remote.
+        quarantine: Whether the quarantine list is heeded.
 
     Raises:
-        ValueError: No split lies there, it is empty, a shard is missing or has another size, or an index was changed.
+        ValueError: No split lies there, it is empty, a shard is missing or has another size, or the index was changed.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        manifest_file = self.folder / "manifest.json"
-        if not manifest_file.is_file():
-            found = sorted(p.parent.name for p in self.folder.parent.glob("*/manifest.json"))
-            raise ValueError(
-                f"no shards in {self.folder}: manifest.json is missing. "
-                + (f"Splits found beside it: {', '.join(found)}." if found else "Write them with conf=prepare or conf=world.")
-            )
-        self.manifest = _read_manifest(manifest_file)
-        self.keys: list[str] = []
-        self._members: list[tuple[str, list[Member]]] = []
-        self._files: dict[str, int] = {}
-        for shard in self.manifest["shards"]:
-            self._open_index(shard)
-        if not self.keys:
+    def __init__(self, folder: str | Path | Store, *, quarantine: bool = True) -> None:
+        self.folder = folder if isinstance(folder, Store) else Store(folder)
+        self.manifest = _read_manifest(self.folder)
+        columns = self.manifest["columns"]
+        self._columns = None if columns is None else columns_from_json(columns)
+        at = self.manifest["shards_at"]
+        self._shards = self.folder if at is None else Store(at, cache=self.folder.cache)
+        if self.folder.is_local:  # what comes from a remote store was hashed when it was fetched
+            _check_tables(self.folder, self.manifest["tables"])
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._row_ends = np.cumsum([shard["num_examples"] for shard in self.manifest["shards"]], dtype=np.int64)
+        if not self.manifest["num_examples"]:
             raise ValueError(
                 f"the split {self.folder} is empty; prepare it again from a source that has examples, or leave it out"
             )
-
-    def _open_index(self, shard: Mapping[str, Any]) -> None:
-        tar, index_file = self.folder / shard["name"], (self.folder / shard["name"]).with_suffix(".index.json")
-        if not tar.is_file() or not index_file.is_file():
-            missing = index_file if tar.is_file() else tar
-            raise ValueError(f"{missing} is missing though {self.folder / 'manifest.json'} names it; write the split again")
-        if tar.stat().st_size != shard["bytes"]:
-            raise ValueError(f"{tar} has {tar.stat().st_size} bytes, its manifest says {shard['bytes']}; write the split again")
-        if sha256_of(index_file) != shard["index_sha256"]:
-            raise ValueError(f"{index_file} was changed after it was written; write the split again")
-        members: dict[str, list[Member]] = {}
-        for key, *rest in json.loads(index_file.read_text())["members"]:
-            members.setdefault(key, []).append(Member(*rest))
-        self.keys.extend(members)
-        self._members.extend((shard["name"], found) for found in members.values())
+        self._map_tables()
+        if not len(self._row_ends) or self._row_ends[-1] != len(self._examples):
+            raise ValueError(f"{self.folder}: the manifest's shards do not add up to its table of examples; index it again")
+        self._check_shards()
+        rows = read_quarantine(self.folder, self.manifest) if quarantine else []
+        self._left_out = np.array(rows, np.int64)
+        self._before = self._left_out - np.arange(len(rows))  # how many positions lie before each row that is left out
+        if len(self) < 1:
+            raise ValueError(f"every example of {self.folder} is in its quarantine list; prepare it again or leave it out")
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self._examples) - len(self._left_out)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # file descriptors do not travel to another process
+    @property
+    def shard_ends(self) -> np.ndarray:
+        """Position after the last example of each shard."""
+        return self._row_ends - np.searchsorted(self._left_out, self._row_ends)
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys, in order."""
+        return [key.decode() for key in np.delete(self._examples["key"], self._left_out)]
+
+    def key(self, position: int) -> str:
+        """The key of the example at a position."""
+        return self._examples["key"][self._row(position)].decode()
+
+    def shard(self, position: int) -> str:
+        """Where the shard lies that holds the example at a position."""
+        return f"{self._shards}/{self.manifest['shards'][self._shard_of(self._row(position))]['name']}"
+
+    def extents(self, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """Extents of the queries and targets at positions (P,): `query` and `target` to rows of `EXTENT`."""
+        rows = self._examples[self._row(positions)]
+        return {name: rows[name] for name in ("query", "target")}
 
     def read(self, position: int) -> Example:
         """The example at a position, its media still encoded.
 
         Raises:
-            ValueError: A byte differs from what was indexed, or the record is malformed; names shard and key.
+            BadExampleError: A byte differs from what was indexed, or the record is malformed; names shard and key.
         """
-        shard, members = self._members[position]
-        key = self.keys[position]
-        files = {}
-        for member in members:
-            data = os.pread(self._descriptor(shard), member.size, member.offset)
-            if zlib.crc32(data) != member.crc32:
-                raise ValueError(f"{self.folder / shard}: {key}.{member.field} is damaged (its CRC-32 differs from the index)")
-            files[member.field] = data
+        row = int(self._row(position))
+        first = int(self._examples["end"][row - 1]) if row else 0
+        name, end, *_ = self._examples[row]
+        key, shard, files = name.decode(), self._shard_of(row), {}
+        descriptor = self._descriptor(shard)
+        for number, offset, size, crc32 in self._members[first:end].tolist():
+            field = self.manifest["fields"][number]
+            data = os.pread(descriptor, size, offset)
+            if crc32_of(key, field, data) != crc32:
+                raise BadExampleError(
+                    f"{self.shard(position)}: {key}.{field} is damaged (its CRC-32 differs from the index)", "damaged bytes"
+                )
+            files[field] = data
         try:
-            return from_record(key, files)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.folder / shard}: example {key!r} is malformed: {error}") from error
+            return from_record(key, files, self._columns)
+        except ValueError as error:
+            raise BadExampleError(
+                f"{self.shard(position)}: example {key!r} is malformed: {error}", "malformed record"
+            ) from error
 
-    def _descriptor(self, shard: str) -> int:
-        if shard not in self._files:
-            self._files[shard] = os.open(self.folder / shard, os.O_RDONLY)
-        return self._files[shard]
+    def _row(self, position: Any) -> Any:
+        """Row of the table; positions skip what is left out."""
+        return position + np.searchsorted(self._before, position, side="right") if len(self._before) else position
+
+    def _shard_of(self, row: int) -> int:
+        return int(np.searchsorted(self._row_ends, row, side="right"))
+
+    def _descriptor(self, number: int) -> int:
+        """An open file of a shard; the longest unused is closed when there are too many."""
+        if number not in self._files:
+            shard = self.manifest["shards"][number]
+            path = self._shards.fetch(shard["name"], **_expected(shard))
+            while len(self._files) >= MAX_OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[number] = os.open(path, os.O_RDONLY)
+        self._files.move_to_end(number)
+        return self._files[number]
+
+    def _map_tables(self) -> None:
+        tables = [self.folder.fetch(name, **_expected(self.manifest["tables"][name])) for name in TABLES]
+        try:
+            examples, members = (np.load(path, mmap_mode="r", allow_pickle=False) for path in tables)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"the tables of {self.folder} cannot be read ({error}); index it again") from error
+        if (
+            examples.dtype.names is None
+            or examples.dtype != example_dtype(examples.dtype[0].itemsize)
+            or members.dtype != MEMBER
+        ):
+            raise ValueError(f"the tables of {self.folder} have other columns than this version reads; index it again")
+        self._examples, self._members = examples, members
+
+    def _check_shards(self) -> None:
+        if not self._shards.is_local:
+            return
+        for shard in self.manifest["shards"]:
+            name = shard["name"]
+            if not self._shards.exists(name):
+                raise ValueError(f"{self._shards}/{name} is missing though the manifest names it; write the split again")
+            if self._shards.size(name) != shard["bytes"]:
+                raise ValueError(
+                    f"{self._shards}/{name} has {self._shards.size(name)} bytes, its manifest says {shard['bytes']}; "
+                    "write the split again"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to another process: neither open files nor the tables, which it maps for itself."""
+        return {**self.__dict__, "_files": OrderedDict(), "_examples": None, "_members": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map_tables()
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
 
 
-def _read_manifest(file: Path) -> dict[str, Any]:
+def _expected(described: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sha256": described["sha256"], "size": described["bytes"]}
+
+
+def _check_tables(folder: Store, tables: Mapping[str, Any]) -> None:
+    for name in TABLES:
+        if not folder.exists(name):
+            raise ValueError(f"{folder}/{name} is missing though the manifest names it; write or index the split again")
+        if sha256_of(folder.fetch(name, **_expected(tables[name]))) != tables[name]["sha256"]:
+            raise ValueError(f"{folder}/{name} was changed after it was written; write or index the split again")
+
+
+def _read_manifest(folder: Store) -> dict[str, Any]:
+    """The manifest, its types checked: it may come from anywhere."""
+    if not folder.exists("manifest.json"):
+        raise ValueError(_no_split(folder))
+    where = f"{folder}/manifest.json"
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = parse_json(folder.read_bytes("manifest.json", MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES)
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); write the split again") from error
+        raise ValueError(f"{where} is damaged ({error}); write the split again") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT or not isinstance(manifest.get("shards"), list):
-        raise ValueError(
-            f"{file} has format {found!r}, this version reads {FORMAT!r} with a list of shards; write the split again"
-        )
+    if found != FORMAT:
+        raise ValueError(f"{where} has format {found!r}, this version reads {FORMAT!r}; write or index the split again")
+    try:
+        files = [*manifest["shards"], *(manifest["tables"][name] for name in TABLES)]
+        whole = all(type(file["bytes"]) is int and type(file["sha256"]) is str for file in files)
+        whole &= all(type(shard["num_examples"]) is int and type(shard["name"]) is str for shard in manifest["shards"])
+        whole &= all(type(name) is str for name in manifest["fields"]) and isinstance(manifest["about"], dict)
+        whole &= isinstance(manifest["columns"], dict | NoneType) and isinstance(manifest["shards_at"], str | NoneType)
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{where} is damaged (a field is missing or of another type); write the split again")
     return manifest
 
 
-def to_record(example: Example) -> dict[str, Any]:
-    """An example as WebDataset writes it: `__key__`, `json`, and one entry per media file."""
-    files: dict[str, bytes] = {}
-
-    def item(name: str, value: Item) -> dict[str, Any]:
-        parts = []
-        for number, part in enumerate(value.parts):
-            if part.kind in TEXT_KINDS:
-                parts.append({"kind": part.kind, "text": part.data})
-            else:
-                file = f"{name}.{number}.{part.format}"
-                assert isinstance(part.data, bytes)
-                files[file] = part.data
-                parts.append({"kind": part.kind, "file": file})
-        return {"parts": parts} if value.title is None else {"parts": parts, "title": value.title}
-
-    record: dict[str, Any] = {}
-    if example.query is not None:
-        record["query"] = item("query", example.query)
-    if example.target is not None:
-        record["target"] = item("target", example.target)
-    if example.negatives:
-        record["negatives"] = [item(f"negative{m}", negative) for m, negative in enumerate(example.negatives)]
-    for name in ("label", "score", "relevant", "meta"):
-        if getattr(example, name) is not None:
-            record[name] = getattr(example, name)
-    payload = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
-    return {"__key__": example.key, "json": payload, **files}
+def _no_split(folder: Store) -> str:
+    message = f"no shards in {folder}: manifest.json is missing. "
+    if folder.is_local:
+        found = sorted(path.parent.name for path in Path(str(folder)).parent.glob("*/manifest.json"))
+        if found:
+            return message + f"Splits found beside it: {', '.join(found)}."
+    return message + "Write them with conf=prepare or conf=world, or index tars that you have with conf=index."
 
 
-def from_record(key: str, files: Mapping[str, bytes]) -> Example:
-    """The inverse of `to_record`, from field name to bytes."""
-    record = json.loads(files["json"].decode("utf-8"))
-
-    def item(value: Mapping[str, Any]) -> Item:
-        parts = []
-        for part in value["parts"]:
-            if part["kind"] in TEXT_KINDS:
-                parts.append(Part(part["kind"], part["text"]))
-            else:
-                parts.append(Part(part["kind"], files[part["file"]], part["file"].rpartition(".")[2]))
-        return Item(tuple(parts), value.get("title"))
-
-    return Example(
-        key,
-        item(record["query"]) if "query" in record else None,
-        item(record["target"]) if "target" in record else None,
-        tuple(item(negative) for negative in record.get("negatives", ())),
-        **{name: record.get(name) for name in ("label", "score", "relevant", "meta")},
-    )
+def columns_from_json(values: Mapping[str, Any]) -> Columns:
+    """`Columns` from what `dataclasses.asdict` and JSON made of it."""
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Columns(**plain)
 
 
-def replace_folder(folder: Path, beside: Path) -> None:
-    """Put a whole folder in the place of a former one, which is removed only once the new one has its name."""
-    former = folder.with_name(f".{folder.name}.{os.getpid()}.former")
-    if folder.exists():
-        folder.rename(former)
-    try:
-        beside.rename(folder)
-    except OSError:
-        if former.exists():
-            former.rename(folder)
-        raise
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it there; a former one stays until the new one is whole.
+def read_quarantine(folder: Store, manifest: Mapping[str, Any]) -> list[int]:
+    """Rows of a split that are left out, ascending.
 
     Raises:
-        OSError: The disk is full or the place not writable; names the file.
+        ValueError: The list is damaged or was made for other shards.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    if not folder.exists(QUARANTINE):
+        return []
+    where = f"{folder}/{QUARANTINE}"
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise OSError(error.errno, f"could not write {path}: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+        listed = parse_json(folder.read_bytes(QUARANTINE, MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES)
+        rows = sorted({int(example["row"]) for example in listed["examples"]})
+        made_for, version = listed["index"], listed["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} is damaged ({error!r}); delete it and run conf=verify again") from error
+    if made_for != manifest["tables"]["examples.npy"]["sha256"] or version != QUARANTINE_FORMAT:
+        raise ValueError(f"{where} was made for other shards than lie here; delete it and run conf=verify again")
+    if rows and not 0 <= rows[0] <= rows[-1] < manifest["num_examples"]:
+        raise ValueError(f"{where} names examples that the split does not have; delete it and run conf=verify again")
+    return rows
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def write_quarantine(folder: Path, manifest: Mapping[str, Any], bad: Iterable[tuple[int, str, str, str, str]]) -> None:
+    """Write the list of a split's bad examples (row, shard, key, cause, message); none removes the list."""
+    examples = [dict(zip(("row", "shard", "key", "cause", "message"), found, strict=True)) for found in sorted(bad)]
+    if not examples:
+        (folder / QUARANTINE).unlink(missing_ok=True)
+        return
+    listed = {"format": QUARANTINE_FORMAT, "index": manifest["tables"]["examples.npy"]["sha256"], "examples": examples}
+    replace_file(folder / QUARANTINE, json.dumps(listed, indent=1, ensure_ascii=False))

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from datamodules.collate import with_prompt
 from datamodules.corpus import Corpus
+from datamodules.files import replace_file
 from datamodules.processors.composed import ComposedProcessor
 from datamodules.sample import Item, text_item
-from datamodules.shards import Split, replace_file
+from datamodules.shards import Split
 from datamodules.tasks import BenchmarkSpec, modalities_of
 from kernels.contrastive import check_prefixes
 from lightning_modules import metrics

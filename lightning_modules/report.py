@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from datamodules.files import replace_file
 from datamodules.sample import TEXT_KINDS, Item, Part
-from datamodules.shards import replace_file
 from lightning_modules.charts import Line, chart_of, hues_of, legend_of, smoothed
 
 # Our choice, so that a page of twenty benchmarks still opens at once.

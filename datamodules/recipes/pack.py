@@ -26,8 +26,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from datamodules.files import sha256_of
 from datamodules.sample import Example, Item, Part, key_of, text_item
-from datamodules.shards import Split, sha256_of, write_split
+from datamodules.shards import Split, write_split
 
 STS_POSITIVE = 4.0  # our choice: from this score (0 to 5) on, two sentences say the same but for unimportant details
 CONTENT = ("text", "image", "audio", "video")

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from datamodules.files import replace_folder, sha256_of
 from datamodules.processors.composed import ComposedProcessor
-from datamodules.shards import replace_folder, sha256_of
 from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig
 from lightning_modules.encoder.towers import TowerConfig
