@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.plan import generator
+from datamodules.order import generator
 from datamodules.processors.composed import ComposedProcessor, Inputs
 from datamodules.sample import Example, Item, Part, content_id_of_label
 from datamodules.tasks import TaskSpec, apply_prompt
@@ -28,6 +28,7 @@ class Batch:
         negative: Model inputs of the hard negatives (M items), or None.
         negative_id: Their content ids (M,) int64, or None.
         negative_row: The example each belongs to (M,) int64, or None.
+        faults: Bad examples that others took the place of, see `datamodules.stream.Fault`.
     """
 
     task: str
@@ -40,6 +41,7 @@ class Batch:
     negative: Inputs | None = None
     negative_id: Tensor | None = None
     negative_row: Tensor | None = None
+    faults: tuple[Any, ...] = ()
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with every tensor on a device."""
@@ -67,8 +69,17 @@ class Collate:
     prompt_dropout: float
     seed: int
 
-    def __call__(self, task: str, step: int, examples: Sequence[Example], *, first_row: int = 0) -> Batch:
-        """The batch of a step; `first_row` is the first example's row in the global batch.
+    def __call__(
+        self, task: str, step: int, examples: Sequence[Example], *, rows: np.ndarray | None = None, faults: tuple[Any, ...] = ()
+    ) -> Batch:
+        """The batch of a step.
+
+        Args:
+            task: Name of the task.
+            step: The step.
+            examples: This rank's (B), decoded.
+            rows: Their rows in the global batch (B,); None where they are all of it.
+            faults: Go into the batch.
 
         Raises:
             ValueError: An example has no query, no target, or no label where the task compares labels.
@@ -79,20 +90,19 @@ class Collate:
                 raise ValueError(f"task {task!r}: example {example.key!r} has no query or no target; train on a split of pairs")
         queries = [example.query for example in examples if example.query is not None]
         targets = [example.target for example in examples if example.target is not None]
-        dropped = (
-            generator(self.seed, "prompt dropout", step).random(first_row + len(examples))[first_row:] < self.prompt_dropout
-        )
+        rows = np.arange(len(examples)) if rows is None else rows
+        dropped = generator(self.seed, "prompt dropout", step).random(int(rows.max()) + 1)[rows] < self.prompt_dropout
         negatives = [
-            (row, negative)
-            for row, example in enumerate(examples)
-            for negative in _choose(example.negatives, spec.negatives, generator(self.seed, "negatives", step, first_row + row))
+            (place, negative)
+            for place, (row, example) in enumerate(zip(rows.tolist(), examples, strict=True))
+            for negative in _choose(example.negatives, spec.negatives, generator(self.seed, "negatives", step, row))
         ]
         hard = {}
         if negatives:
             hard = {
                 "negative": self.processor([with_prompt(item, spec.target_prompt) for _, item in negatives]),
                 "negative_id": _ids(negative_id(item, spec) for _, item in negatives),
-                "negative_row": torch.tensor([row for row, _ in negatives]),
+                "negative_row": torch.tensor([place for place, _ in negatives]),
             }
         return Batch(
             task,
@@ -104,6 +114,7 @@ class Collate:
             target=self.processor([with_prompt(item, spec.target_prompt) for item in targets]),
             query_id=_ids(item.content_id for item in queries),
             target_id=_ids(target_id(example, spec) for example in examples),
+            faults=faults,
             **hard,
         )
 

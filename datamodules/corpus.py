@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.collate import with_prompt
+from datamodules.loader import loader_of
 from datamodules.processors.composed import ComposedProcessor, Inputs
 from datamodules.shards import Split
 from datamodules.stream import Source
-from datamodules.training import loader_of
 
 
 @dataclass

@@ -7,6 +7,7 @@
 A split is written beside its place and renamed into it, so that a half-written one never has the name of a whole one.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -128,6 +129,12 @@ class Split:
 
     def __len__(self) -> int:
         return len(self._examples) - len(self._left_out)
+
+    @property
+    def digest(self) -> str:
+        """Changes when any example, its place, or what is left out does."""
+        described = [self.manifest["tables"], [shard["sha256"] for shard in self.manifest["shards"]], self._left_out.tolist()]
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     @property
     def shard_ends(self) -> np.ndarray:

@@ -28,3 +28,8 @@ class Store:
 
     def size(self, name):
         return (Path(self.root) / name).stat().st_size
+
+
+class Cache:
+    def __init__(self, folder, max_bytes):
+        self.folder, self.max_bytes = folder, max_bytes

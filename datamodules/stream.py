@@ -1,4 +1,4 @@
-"""The planned examples of a step on this rank: read through the index, verified, decoded."""
+"""The planned examples of a step on this rank: read through the index, verified, decoded; bad ones replaced and told."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,24 +8,42 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from datamodules.collate import Batch, Collate
 from datamodules.decode import DecodeLimits, decode_example, decode_item
-from datamodules.plan import Plan
-from datamodules.sample import Example, Item
+from datamodules.order import generator
+from datamodules.plan import Plan, rows_of_rank
+from datamodules.sample import BadExampleError, Example, Item
 from datamodules.shards import Split
 
+MAX_IN_A_ROW = 100
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A bad example met at a step, which another of the same task took the place of."""
+
+    task: str
+    step: int
+    shard: str
+    key: str
+    cause: str
+    message: str
 
 
 @dataclass(frozen=True)
 class Source:
-    """Reads decoded examples of a task's split; errors name the shard folder and the key."""
+    """Reads decoded examples of a task's split; errors name the shard and the key."""
 
     split: Split
     limits: DecodeLimits
 
     def read(self, position: int) -> Example:
-        """A whole example, decoded."""
+        """A whole example, decoded.
+
+        Raises:
+            BadExampleError: It is damaged, malformed, or does not decode within the limits.
+        """
         example = self.split.read(position)
-        return self._named(example.key, lambda: decode_example(example, self.limits))
+        return self._named(position, lambda: decode_example(example, self.limits))
 
     def item(self, position: int, column: str) -> Item:
         """Only the query, or only the target, of an example, decoded."""
@@ -33,13 +51,14 @@ class Source:
         item = getattr(example, column)
         if item is None:
             raise ValueError(f"{self.split.folder}: example {example.key!r} has no {column}")
-        return self._named(example.key, lambda: decode_item(item, self.limits))
+        return self._named(position, lambda: decode_item(item, self.limits))
 
-    def _named(self, key: str, decode: Callable[[], T]) -> T:
+    def _named(self, position: int, decode: Callable[[], T]) -> T:
         try:
             return decode()
         except ValueError as error:
-            raise ValueError(f"{self.split.folder}: example {key!r} cannot be used: {error}") from error
+            message = f"{self.split.shard(position)}: example {self.split.key(position)!r} cannot be used: {error}"
+            raise BadExampleError(message, getattr(error, "cause", "does not decode")) from error
 
 
 class StepStream(IterableDataset[Batch]):
@@ -82,10 +101,29 @@ class StepStream(IterableDataset[Batch]):
             yield self.batch_of(planned)
 
     def batch_of(self, step: int) -> Batch:
+        """The batch of a step on this rank."""
         task, _ = self.plan.task_of(step)
         positions = self.plan.positions(step)
-        each = len(positions) // self.world_size
-        mine = positions[self.rank * each : (self.rank + 1) * each]
-        return self.collate(
-            task, step, [self.sources[task].read(int(position)) for position in mine], first_row=self.rank * each
+        rows = rows_of_rank(len(positions), self.rank, self.world_size)
+        faults: list[Fault] = []
+        examples = [self._read(task, step, int(row), int(positions[row]), faults) for row in rows]
+        return self.collate(task, step, examples, rows=rows, faults=tuple(faults))
+
+    def _read(self, task: str, step: int, row: int, position: int, faults: list[Fault]) -> Example:
+        """The planned example, or where it is bad one drawn from the same task by (seed, step, row) alone.
+
+        Raises:
+            ValueError: A hundred draws in a row were bad.
+        """
+        source, draws = self.sources[task], generator(self.plan.seed, "replacement", step, row)
+        for _ in range(MAX_IN_A_ROW):
+            try:
+                return source.read(position)
+            except BadExampleError as error:
+                split = source.split
+                faults.append(Fault(task, step, split.shard(position), split.key(position), error.cause, str(error)))
+                position = int(draws.integers(len(split)))
+        raise ValueError(
+            f"task {task!r}: {MAX_IN_A_ROW} examples in a row cannot be used, the last because: {faults[-1].message}. "
+            "Run conf=verify on its shards, or prepare them again"
         )

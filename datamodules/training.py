@@ -1,41 +1,71 @@
 """TrainingData: plan, stream and collate as a LightningDataModule."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
-import torch
+import numpy as np
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from datamodules.collate import Batch, Collate, with_prompt
+from datamodules.loader import loader_of
+from datamodules.order import Order
 from datamodules.plan import Plan, PlannedTask
 from datamodules.processors.composed import ComposedProcessor, ProcessorConfig
 from datamodules.processors.tokenizer import train_tokenizer
 from datamodules.sample import Item
 from datamodules.shards import Split
+from datamodules.store import Cache, Store
 from datamodules.stream import Source, StepStream
 from datamodules.tasks import TaskSpec
+
+# Our choice: a run goes on past so many bad examples, and past one in so many; both together are a storm.
+TOLERATED_FAULTS = 10
+TOLERATED_SHARE = 1 / 10_000
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where shards of remote stores are kept.
+
+    Args:
+        folder: A local folder; the ranks of a machine share it.
+        max_gigabytes: Most it holds; the longest unused shards go first.
+    """
+
+    folder: str = "~/.cache/polyphony"
+    max_gigabytes: float = 100.0
 
 
 class TrainingData(L.LightningDataModule):
     """Streams single-task batches in an order that follows from (seed, step) alone.
 
     Args:
-        root: Folder that the tasks' shards lie in.
+        root: Folder that the tasks' shards lie in, local or of a store (s3://, gs://, hf://, https://).
         tasks: Name to task; see `TaskSpec`.
         processor: How items become inputs; None takes it from `init_from`.
         init_from: An encoder's folder whose processor (tokenizer and sizes) is used.
         seed: Of the order and of the prompt dropout.
         steps_per_block: Every task has exactly its share of each block of so many steps.
+        pool_batches: Successive batches of a task whose examples are dealt among them by length, so that little is padded;
+            0 leaves them as they come.
+        window_shards: Shards in a window of the windowed order, for stores whose cache cannot hold everything; None for the
+            global order.
         prompt_dropout: Share of queries that go without their prompt. Our choice: no paper publishes it.
         max_tokenizer_texts: Texts that a tokenizer is trained on, taken evenly from the tasks.
+        cache: Where shards of remote stores are kept.
         num_workers: Processes that read and decode beside the training process; 0 does it there.
+        start_method: How they are started.
+        max_wait_seconds: Longest wait for a batch of theirs before the run is given up; 0 waits for ever.
     """
 
     def __init__(
@@ -47,9 +77,14 @@ class TrainingData(L.LightningDataModule):
         init_from: str | None = None,
         seed: int = 0,
         steps_per_block: int = 1000,
+        pool_batches: int = 50,
+        window_shards: int | None = None,
         prompt_dropout: float = 0.1,
         max_tokenizer_texts: int = 50_000,
+        cache: CacheConfig = CacheConfig(),
         num_workers: int = 1,
+        start_method: Literal["fork", "forkserver", "spawn"] = "fork",
+        max_wait_seconds: float = 900.0,
     ) -> None:
         super().__init__()
         if (processor is None) == (init_from is None):
@@ -58,14 +93,31 @@ class TrainingData(L.LightningDataModule):
             )
         if not 0 <= prompt_dropout <= 1:
             raise ValueError(f"data.prompt_dropout is {prompt_dropout}; it must lie in [0, 1]")
-        self.root, self.tasks = Path(root), {name: task for name, task in tasks.items() if task.rate > 0}
+        if window_shards is not None and window_shards < 1:
+            raise ValueError(f"data.window_shards is {window_shards}; it must be at least 1, or null for the global order")
+        self.tasks = {name: task for name, task in tasks.items() if task.rate > 0}
         self.processor_config, self.init_from = processor, init_from
         self.seed, self.steps_per_block, self.prompt_dropout = seed, steps_per_block, prompt_dropout
+        self.pool_batches, self.window_shards = pool_batches, window_shards
         self.max_tokenizer_texts, self.num_workers = max_tokenizer_texts, num_workers
-        self.next_step = 0
-        self.splits = {name: Split(self.root / task.shards) for name, task in self.tasks.items()}
-        planned = {n: PlannedTask(len(self.splits[n]), task.batch_size, task.rate) for n, task in self.tasks.items()}
-        self.plan = Plan(planned, seed=seed, steps_per_block=steps_per_block)
+        self.start_method, self.max_wait_seconds = start_method, max_wait_seconds
+        self.next_step = self.num_examples = 0
+        self.faults: Counter[str] = Counter()
+        store = Store(root, cache=Cache(Path(cache.folder).expanduser(), int(cache.max_gigabytes * 1e9)))
+        self.splits = {name: Split(store / task.shards) for name, task in self.tasks.items()}
+        self.plan = self._make_plan(None)
+
+    def _make_plan(self, processor: ComposedProcessor | None) -> Plan:
+        """The run's plan; with the processor's lengths once that is known."""
+        planned = {}
+        for name, task in self.tasks.items():
+            split = self.splits[name]
+            windowed = {} if self.window_shards is None else {"window": self.window_shards}
+            if windowed:
+                windowed["shard_ends"] = tuple(split.shard_ends.tolist())
+            lengths = None if processor is None else _Lengths(split, processor)
+            planned[name] = PlannedTask(Order(len(split), **windowed), task.batch_size, task.rate, lengths)
+        return Plan(planned, seed=self.seed, steps_per_block=self.steps_per_block, pool_batches=self.pool_batches)
 
     def prepare_data(self) -> None:
         if (
@@ -93,6 +145,7 @@ class TrainingData(L.LightningDataModule):
         else:
             named = self.processor_config.tokenizer or self._tokenizer_folder()
             self.processor = ComposedProcessor(self.processor_config, AutoTokenizer.from_pretrained(named))
+        self.plan = self._make_plan(self.processor)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.trainer is not None
@@ -113,7 +166,42 @@ class TrainingData(L.LightningDataModule):
             rank=self.trainer.global_rank,
             world_size=world_size,
         )
-        return loader_of(stream, self.num_workers)
+        return loader_of(stream, self.num_workers, start_method=self.start_method, max_wait_seconds=self.max_wait_seconds)
+
+    def note(self, batch: Batch) -> dict[str, float]:
+        """Count a batch that is trained on; bad examples are counted by cause and written to `faults-rank<r>.jsonl`.
+
+        Returns:
+            What the log shows of it: the task's share of the steps so far, padding as a share of the tokens, faults so far.
+        """
+        assert self.trainer is not None
+        self.num_examples += len(batch.keys)
+        if batch.faults:
+            self.faults.update(fault.cause for fault in batch.faults)
+            file = Path(self.trainer.default_root_dir) / f"faults-rank{self.trainer.global_rank}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(dataclasses.asdict(fault), ensure_ascii=False) + "\n" for fault in batch.faults)
+        masks = [inputs.attention_mask for inputs in (batch.query, batch.target, batch.negative) if inputs is not None]
+        num_tokens, num_places = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+        _, earlier = self.plan.task_of(batch.step)
+        return {
+            "share_of_steps": (earlier + 1) / (batch.step + 1),
+            "padding": 1.0 - num_tokens / num_places,
+            "bad_examples": float(self.faults.total()),
+        }
+
+    @property
+    def storm(self) -> str | None:
+        """What is wrong with the data when more examples are bad than a run goes on past, else None."""
+        bad = self.faults.total()
+        if bad <= max(TOLERATED_FAULTS, TOLERATED_SHARE * self.num_examples):
+            return None
+        causes = ", ".join(f"{cause}: {number}" for cause, number in self.faults.most_common())
+        return (
+            f"{bad} of the {self.num_examples} examples read so far were bad ({causes}); faults-rank*.jsonl lists them. "
+            "Run conf=verify on the shards, which writes the quarantine lists that leave them out"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
@@ -128,9 +216,12 @@ class TrainingData(L.LightningDataModule):
         self.next_step = state_dict["next_step"]
 
     def _plan_digest(self) -> str:
-        shards = {name: [shard["sha256"] for shard in split.manifest["shards"]] for name, split in self.splits.items()}
-        tasks = {name: [task.batch_size, task.rate] for name, task in self.tasks.items()}
-        described = json.dumps([tasks, shards, self.seed, self.steps_per_block], sort_keys=True)
+        tasks = {
+            name: [task.batch_size, task.rate, split.digest]
+            for (name, task), split in zip(self.tasks.items(), self.splits.values(), strict=True)
+        }
+        order = [self.seed, self.steps_per_block, self.pool_batches, self.window_shards]
+        described = json.dumps(["plan/2", tasks, order], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
 
     def _tokenizer_folder(self) -> Path:
@@ -153,19 +244,13 @@ class TrainingData(L.LightningDataModule):
                         yield from (str(p.data) for p in with_prompt(item, prompt).parts if isinstance(p.data, str))
 
 
-def loader_of(dataset: Any, num_workers: int) -> DataLoader[Any]:
-    """A loader over a data set that yields whole batches."""
-    workers = {"multiprocessing_context": "fork", "prefetch_factor": 4, "persistent_workers": False} if num_workers else {}
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread,
-        **workers,
-    )
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """Positions to the lengths of their query and target, from the index alone."""
 
+    split: Split
+    processor: ComposedProcessor
 
-def _one_thread(worker: int) -> None:
-    del worker
-    torch.set_num_threads(1)
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        extents = self.split.extents(positions)
+        return np.stack([self.processor.num_tokens(extents[name]) for name in ("query", "target")], axis=1)

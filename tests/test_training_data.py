@@ -1,12 +1,14 @@
 """Promises of the stream: the same batches for any number of workers and ranks, prompts as the papers say, clear refusals."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from samples import picture_bytes
 
 from datamodules.collate import Collate, with_prompt
 from datamodules.decode import DecodeLimits, decode_example
@@ -62,9 +64,11 @@ def test_two_ranks_share_the_global_batch(world, tmp_path):
     parts = [batches(data_of(world, tmp_path, rank=rank, world_size=2), 9) for rank in (0, 1)]
     for one, left, right in zip(whole, *parts, strict=True):
         assert left.task == right.task == one.task
-        assert left.keys + right.keys == one.keys
-        rows = torch.cat([left.query.attention_mask.sum(1), right.query.attention_mask.sum(1)])
-        assert torch.equal(rows, one.query.attention_mask.sum(1))  # the same prompts were dropped
+        lengths = dict(zip(one.keys, one.query.attention_mask.sum(1).tolist(), strict=True))
+        for part in (left, right):  # the same prompts were dropped
+            assert part.query.attention_mask.sum(1).tolist() == [lengths[key] for key in part.keys]
+        assert len(left.keys) == len(right.keys)
+        assert sorted(left.keys + right.keys) == sorted(one.keys)
 
 
 def test_going_on_at_a_step_gives_the_batches_from_there(world, tmp_path):
@@ -126,11 +130,49 @@ def test_targets_with_equal_labels_are_equal_on_request(processor):
         )
 
 
-def test_an_unreadable_picture_is_named(world, tmp_path):
-    bad = [Example(f"k{n}", text_item("x"), media_item("image", b"no picture", "png")) for n in range(4)]
-    write_split(tmp_path / "bad", bad)
-    data = data_of(tmp_path, tmp_path, tasks={"bad": TaskSpec("bad", batch_size=2)})
-    with pytest.raises(ValueError, match=r"bad: example 'k\d' cannot be used: this image \(png, 10 bytes\) does not decode"):
+def pictures(folder: Path, num_bad: int, number: int = 40) -> dict[str, TaskSpec]:
+    """A task over pictures of which the first few are none."""
+    data = [b"no picture"] * num_bad + [picture_bytes()] * (number - num_bad)
+    write_split(
+        folder / "pictures", [Example(f"k{n}", text_item("x"), media_item("image", d, "png")) for n, d in enumerate(data)]
+    )
+    return {"t": TaskSpec("pictures", batch_size=8)}
+
+
+def test_a_bad_example_is_replaced_the_same_way_for_any_number_of_workers_and_told(tmp_path):
+    tasks = pictures(tmp_path, 3)
+    runs = [batches(data_of(tmp_path, tmp_path, tasks=tasks, num_workers=workers), 20) for workers in (0, 2)]
+    assert [batch.keys for batch in runs[0]] == [batch.keys for batch in runs[1]]
+    assert not {"k0", "k1", "k2"} & {key for batch in runs[0] for key in batch.keys}
+    faults = [fault for batch in runs[0] for fault in batch.faults]
+    assert {fault.key for fault in faults} == {"k0", "k1", "k2"}
+    assert {fault.cause for fault in faults} == {"does not decode"}
+    assert all(fault.shard.endswith("pictures/000000.tar") for fault in faults)
+    assert len(faults) >= 12  # each of the three comes once in five batches, four times over
+
+
+def test_bad_examples_are_counted_listed_and_a_storm_of_them_is_told(tmp_path):
+    data = data_of(tmp_path, tmp_path, tasks=pictures(tmp_path, 3))
+    seen = batches(data, 20)
+    for batch in seen[:5]:
+        logged = data.note(batch)
+        assert logged["share_of_steps"] == 1.0
+        assert logged["bad_examples"] == sum(data.faults.values())
+    assert data.storm is None
+    for batch in seen[5:]:
+        data.note(batch)
+    assert data.storm is not None
+    assert "of the 160 examples read so far were bad (does not decode: " in data.storm
+    lines = [json.loads(line) for line in (tmp_path / "faults-rank0.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == [fault.key for batch in seen for fault in batch.faults]
+    assert "does not decode" in lines[0]["message"]
+
+
+def test_a_hundred_bad_examples_in_a_row_stop_the_run(tmp_path):
+    data = data_of(tmp_path, tmp_path, tasks=pictures(tmp_path, 8, 8))
+    with pytest.raises(
+        ValueError, match=r"100 examples in a row cannot be used.*pictures/000000.tar: example 'k\d'.*conf=verify"
+    ):
         batches(data, 1)
 
 

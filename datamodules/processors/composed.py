@@ -23,6 +23,7 @@ from datamodules.decode import SAMPLE_RATE, DecodeLimits
 from datamodules.sample import MEDIA_KINDS, TEXT_KINDS, Item
 
 BEGIN, SOFT, END = range(3)
+BYTES_PER_TOKEN = 3.0  # our choice: only the order of lengths counts, and where the limit on text tokens cuts them
 
 
 def place_id(kind: str, role: int) -> int:
@@ -193,6 +194,15 @@ class ComposedProcessor:
         power = spectrum.abs().square()[:, :, : config.num_frames]
         mel = torch.einsum("fm,vft->vmt", self.mel_filters, power)
         return ((mel.clamp(min=1e-6).log10() + 2.0) / 4.0)[:, None]
+
+    def num_tokens(self, extents: np.ndarray) -> np.ndarray:
+        """Lengths (P,) that items of some extents (P,) `EXTENT` will have as sequences, about."""
+        config = self.config
+        text = np.minimum(extents["text"] / BYTES_PER_TOKEN, config.max_text_tokens)
+        pictures = extents["pictures"] * config.tokens_per_view["image"]
+        audio = np.ceil(extents["audio"] / config.seconds_per_view) * config.tokens_per_view["audio"]
+        frames = np.minimum(np.ceil(extents["video"] * config.decode.frames_per_second), config.decode.max_frames)
+        return text + pictures + audio + frames * config.tokens_per_view["video"]
 
     def save(self, folder: Path) -> None:
         """Write `processor.json` and the tokenizer's files."""
