@@ -15,6 +15,7 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -166,6 +167,7 @@ def fit(stage: type, config: dict[str, Any], wants_help: bool) -> None:
 
     from datamodules.files import replace_file
     from datamodules.training import TrainingData
+    from lightning_modules.checkpoints import FOLDER, newest
 
     class StageCLI(LightningCLI):
         def before_fit(self) -> None:
@@ -174,10 +176,20 @@ def fit(stage: type, config: dict[str, Any], wants_help: bool) -> None:
         def _parse_ckpt_path(self) -> None:
             """Take no configuration from a checkpoint: it would be unpickled, and could name what to import."""
 
+    if config.get("ckpt_path") == "newest":
+        folder = Path(config["trainer"]["default_root_dir"]) / FOLDER
+        found = newest(folder)
+        config["ckpt_path"] = None if found is None else str(found)
+        print(f"going on from {found}" if found else f"no checkpoint in {folder}: starting anew", flush=True)
     resolved = OmegaConf.to_yaml(OmegaConf.create(config))  # before the parser puts its own objects into it
     sys.argv = sys.argv[:1]  # everything is in `arguments`; the CLI warns when both are there
     arguments: Any = ["fit", "--help"] if wants_help else {"subcommand": "fit", "fit": config}
-    StageCLI(stage, TrainingData, args=arguments, save_config_callback=None, parser_kwargs={"exit_on_error": wants_help})
+    cli = StageCLI(stage, TrainingData, args=arguments, save_config_callback=None, parser_kwargs={"exit_on_error": wants_help})
+    guard = cli.model.guard
+    if guard.storm is not None:
+        raise ValueError(guard.storm)
+    if guard.stopped_by is not None:
+        raise StoppedError(guard.stopped_by, cli.trainer.global_step)
 
 
 def call(function: Any, config: dict[str, Any], wants_help: bool) -> None:
@@ -187,6 +199,14 @@ def call(function: Any, config: dict[str, Any], wants_help: bool) -> None:
     if wants_help:
         parser.parse_args(["--help"])
     function(**parser.instantiate(parser.parse_object(config)).as_dict())
+
+
+class StoppedError(Exception):
+    """A signal ended the run at a batch's end, with a checkpoint."""
+
+    def __init__(self, stop: signal.Signals, step: int) -> None:
+        super().__init__(f"stopped by {stop.name} after step {step}, with a checkpoint; ckpt_path=newest goes on from it")
+        self.code = 128 + stop
 
 
 def _refuse_shadowed_kernels() -> None:
@@ -236,6 +256,9 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit("stopped by hand")
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.code)
     except (ValueError, OSError, ArgumentError) as error:
         if os.environ.get("TRACEBACK"):
             raise

@@ -9,9 +9,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from datamodules.collate import Batch
+from datamodules.order import generator
 from datamodules.training import TrainingData
 from kernels.contrastive import check_prefixes
 from lightning_modules.encoder.checkpoint import (
@@ -24,6 +26,7 @@ from lightning_modules.encoder.checkpoint import (
     trainable,
 )
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig, probe
+from lightning_modules.guard import Guard
 from lightning_modules.objective.objective import Objective, ObjectiveConfig
 from lightning_modules.optimizer import OptimizerConfig, adamw, warmup_cosine
 
@@ -51,6 +54,7 @@ class Stage(L.LightningModule):
         snapshot_every: int | None = None,
     ) -> None:
         super().__init__()
+        self.guard = Guard()
         self.init_from, self.objective_config, self.optimizer_config = init_from, objective, optimizer
         self.snapshot_every = snapshot_every
         if encoder is not None:
@@ -83,6 +87,9 @@ class Stage(L.LightningModule):
         """The learnt temperature, or None when it is not learnt."""
         return self.log_temperature.exp() if self.objective_config.learn_temperature else None
 
+    def configure_callbacks(self) -> list[Callback]:
+        return [self.guard]
+
     def configure_optimizers(self) -> Any:
         if self.trainer.max_steps < 1:
             raise ValueError(f"trainer.max_steps is {self.trainer.max_steps}; the schedule needs the run's number of steps")
@@ -105,31 +112,28 @@ class Stage(L.LightningModule):
         require_same_shape(self.encoder, weights, "given as ckpt_path")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        del batch, batch_idx
+        del batch_idx
         self._began = time.perf_counter()
+        self._noted = self.data.note(batch)
+        random = generator(self.data.seed, "training step", batch.step, self.global_rank)
+        torch.manual_seed(int(random.integers(2**63)))  # what draws at random in a step draws the same after a resume
         self._learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         del outputs, batch_idx
         rate = len(batch.keys) * self.trainer.world_size / (time.perf_counter() - self._began)
-        self._write_log({**self._parts, "examples_per_second": rate}, batch.task)
+        skipped = {"skipped_updates": float(self.guard.num_skipped)}
+        self._write_log({**self._parts, **self._noted, **skipped, "examples_per_second": rate}, batch.task)
         if self.snapshot_every and self.global_step % self.snapshot_every == 0 and self.global_step < self.trainer.max_steps:
             self._save(f"encoder-{self.global_step:06d}")
 
     def on_train_end(self) -> None:
-        self._save("encoder")
+        if not self.guard.stopped:
+            self._save("encoder")
 
     def minimised(self, batch: Batch, out: Objective) -> Tensor:
-        """What is minimised, once its parts are noted for the log.
-
-        Raises:
-            ValueError: The loss is not finite; names the task, the step and the examples.
-        """
-        if not torch.isfinite(out.total):
-            raise ValueError(
-                f"the loss is {out.total.item()} at step {batch.step} of task {batch.task!r}; lower the learning rate, "
-                f"or look at the examples {', '.join(batch.keys[:8])}, .."
-            )
+        """What is minimised, once its parts are noted for the log, and for the guard whether it is finite."""
+        self.guard.see_loss(out.total.detach())
         columns = (batch.query, batch.target, batch.negative)
         truncated = float(sum(inputs.num_truncated for inputs in columns if inputs is not None))
         self._parts = {**{name: value.item() for name, value in out.parts.items()}, "truncated_items": truncated}

@@ -9,7 +9,6 @@ import torch
 from safetensors import SafetensorError
 
 from datamodules.sample import Item, Part
-from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.encoder import checkpoint
 from lightning_modules.encoder.checkpoint import load_encoder, load_weights, read_provenance, read_weights, save_encoder
 from lightning_modules.encoder.embedder import Embedder
@@ -85,31 +84,3 @@ def test_a_damaged_description_is_named(tiny_encoder, processor, tmp_path):
     (tmp_path / "encoder" / "encoder.json").write_text('{"format"')
     with pytest.raises(ValueError, match=r"encoder\.json is damaged"):
         load_encoder(tmp_path / "encoder")
-
-
-def test_a_run_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
-    io = AtomicCheckpointIO()
-    io.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
-    assert io.load_checkpoint(tmp_path / "last.ckpt") == {"step": 1}
-
-    def full(value, file):
-        file.write(b"half")
-        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="is the disk full"):
-        io.save_checkpoint({"step": 2}, tmp_path / "last.ckpt")
-    assert io.load_checkpoint(tmp_path / "last.ckpt") == {"step": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def test_a_run_checkpoint_that_would_run_code_is_refused(tmp_path):
-    class Code:
-        def __reduce__(self):
-            return print, ("code ran",)
-
-    torch.save({"x": Code()}, tmp_path / "bad.ckpt")
-    with pytest.raises(ValueError, match="cannot be read"):
-        AtomicCheckpointIO().load_checkpoint(tmp_path / "bad.ckpt", weights_only=False)
-    with pytest.raises(ValueError, match="no checkpoint at"):
-        AtomicCheckpointIO().load_checkpoint(tmp_path / "none.ckpt")

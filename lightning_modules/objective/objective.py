@@ -83,6 +83,10 @@ def objective(
         negative_id: Their content ids (M,).
         negative_row: The row each belongs to (M,).
     """
+    vectors = [query_BD, target_BD] if negative_MD is None else [query_BD, target_BD, negative_MD]
+    if not all(bool(vector.isfinite().all()) for vector in vectors):
+        lost = torch.stack([vector.sum() for vector in vectors]).sum() * torch.nan
+        return Objective(lost, {"loss": lost.detach()})
     parts = _health(query_BD, target_BD, query_id, target_id, negative_id, negative_row)
     heat = config.temperature if temperature is None else temperature
     centring = max(0.0, 1.0 - progress / config.centring) if config.centring else 0.0
