@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -226,6 +227,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 uses what torch 2.15 deprecates
     warnings.filterwarnings("ignore", message=".*JSONARGPARSE_DEPRECATION.*")  # Lightning 2.6 calls what jsonargparse renamed
     warnings.filterwarnings("ignore", message=".*has `__len__` defined.*")  # workers share the steps, see StepStream
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # the DataModule keeps the step
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # two cores have no use for many
 
 
@@ -250,16 +252,25 @@ def clear_message(error: Exception) -> str:
     return message.replace("Parser key ", "")
 
 
-if __name__ == "__main__":
+def run(arguments: list[str]) -> int | str:
+    """The exit status of the command: 0, a sentence that says what is wrong, or 128 plus the signal that ended it."""
     _quiet_libraries()
     try:
-        main(sys.argv[1:])
+        main(arguments)
     except KeyboardInterrupt:
-        sys.exit("stopped by hand")
+        return "stopped by hand"
     except StoppedError as error:
         print(error, file=sys.stderr)
-        sys.exit(error.code)
+        return error.code
     except (ValueError, OSError, ArgumentError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        sys.exit(f"error: {clear_message(error)}\n(TRACEBACK=1 in the environment shows where)")
+        return f"error: {clear_message(error)}\n(TRACEBACK=1 in the environment shows where)"
+    finally:
+        for child in multiprocessing.active_children():  # a process stuck in a decoder would be waited for
+            child.kill()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

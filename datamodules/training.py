@@ -112,11 +112,10 @@ class TrainingData(L.LightningDataModule):
         planned = {}
         for name, task in self.tasks.items():
             split = self.splits[name]
-            windowed = {} if self.window_shards is None else {"window": self.window_shards}
-            if windowed:
-                windowed["shard_ends"] = tuple(split.shard_ends.tolist())
+            ends = None if self.window_shards is None else tuple(split.shard_ends.tolist())
+            order = Order(len(split), ends, self.window_shards or 1)
             lengths = None if processor is None else _Lengths(split, processor)
-            planned[name] = PlannedTask(Order(len(split), **windowed), task.batch_size, task.rate, lengths)
+            planned[name] = PlannedTask(order, task.batch_size, task.rate, lengths)
         return Plan(planned, seed=self.seed, steps_per_block=self.steps_per_block, pool_batches=self.pool_batches)
 
     def prepare_data(self) -> None:

@@ -85,7 +85,7 @@ class Checkpoints(Checkpoint):
                     "Lower the learning rate, or go on from an earlier checkpoint"
                 )
         folder = folder_of(trainer)
-        trainer.save_checkpoint(folder / f"step={trainer.global_step:08d}.ckpt")
+        trainer.save_checkpoint(folder / f"step={trainer.global_step:08d}.ckpt", weights_only=False)
         self._last_step, self._last_time = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:
             for path in in_order(folder)[self.keep :]:

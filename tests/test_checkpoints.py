@@ -97,7 +97,8 @@ def test_the_newest_checkpoint_that_verifies_is_found_and_others_are_named(tmp_p
 
 
 def trainer_at(folder, step: int, **more) -> SimpleNamespace:
-    def save(path):
+    def save(path, weights_only):
+        assert not weights_only  # optimiser and loops too
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x")
 

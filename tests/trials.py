@@ -1,0 +1,155 @@
+"""Runs to be interrupted: begun in a moment by a process that has everything imported, watched, and compared."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from lightning_modules.encoder.checkpoint import read_provenance
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "conf=quickstart/prefinetune",
+    "ckpt_path=newest",
+    "trainer.max_steps=24",
+    "trainer.enable_progress_bar=false",
+    "trainer.callbacks=[{class_path: lightning_modules.checkpoints.Checkpoints, init_args: {every_steps: 3}}]",
+    "trainer.logger=false",
+    "data.steps_per_block=14",
+    "data.processor.vocab_size=400",
+    *(f"data.tasks.world/{name}.batch_size=4" for name in ("text-image", "text-page", "text-audio", "text-video")),
+    *(f"data.tasks.world/{name}.batch_size=4" for name in ("text-code", "text-text", "mixed-image")),
+    "model.encoder.embedding_dim=16",
+    "model.encoder.prefixes=[4,16]",
+    "model.encoder.backbone.text.vocab_size=400",
+    "model.encoder.backbone.text.hidden_size=32",
+    "model.encoder.backbone.text.intermediate_size=48",
+    "model.encoder.backbone.text.num_hidden_layers=1",
+    "model.encoder.backbone.text.head_dim=8",
+    "model.encoder.backbone.text.attention_dropout=0.1",  # what is drawn at random must be the same after a resume
+    "model.encoder.backbone.towers.image.arguments={embed_dim:24,depth:1,num_heads:2,class_token:false,global_pool:''}",
+    "model.encoder.backbone.towers.spectrogram.arguments={embed_dim:24,depth:1,num_heads:2,class_token:false,global_pool:''}",
+]
+TWO_RANKS = ["trainer.devices=2", "trainer.strategy=ddp_find_unused_parameters_true", "trainer.accelerator=cpu"]
+
+
+class Zygote:
+    """Forks runs of train.py; see zygote.py."""
+
+    def __init__(self, world: Path) -> None:
+        self.world = world
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment.pop("TRITON_INTERPRET", None)
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "zygote.py")],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, **command) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def begin(self, out: Path, *more: str, world_size: int = 1, **environment: str) -> "Run":
+        out.mkdir(parents=True, exist_ok=True)
+        arguments = [*SMALL, f"data.root={self.world}", f"trainer.default_root_dir={out}", *more]
+        port = str(free_port())
+        pids = []
+        for rank in range(world_size):
+            ranks = {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world_size > 1 else {}
+            two = TWO_RANKS if world_size > 1 else []
+            command = {
+                "arguments": [*arguments, *two],
+                "environment": {**ranks, **environment},
+                "log": str(out / f"log-{rank}"),
+            }
+            pids.append(self.ask(**command))
+        return Run(self, out, pids)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+class Run:
+    """A run of one or two processes."""
+
+    def __init__(self, zygote: Zygote, out: Path, pids: list[int]) -> None:
+        self.zygote, self.out, self.pids = zygote, out, pids
+
+    def send(self, stop: signal.Signals, *ranks: int) -> None:
+        for rank in ranks or range(len(self.pids)):
+            os.kill(self.pids[rank], stop)
+
+    def wait(self) -> list[int]:
+        """Exit statuses, once all have ended; nothing of the run may be left two seconds later."""
+        statuses = [self.zygote.ask(wait=pid) for pid in self.pids]
+        deadline = time.monotonic() + 2.0
+        while left := [pid for pid in self.pids if alive(pid)]:
+            assert time.monotonic() < deadline, f"processes of the groups {left} outlived the run"
+            time.sleep(0.02)
+        return statuses
+
+    def wait_for_step(self, step: int, rank: int = 0) -> None:
+        """Until a step has begun."""
+        file = self.out / f"consumed-rank{rank}.jsonl"
+        deadline = time.monotonic() + 60
+        while not file.exists() or not file.read_text().count("\n") or last_step(file) < step:
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.005)
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.out.glob("log-*")))
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def last_step(file: Path) -> int:
+    lines = [line for line in file.read_text().splitlines() if line.endswith("]")]
+    return json.loads(lines[-1])[0] if lines else -1
+
+
+def consumed(out: Path) -> dict[int, tuple[str, tuple[str, ...]]]:
+    """Step to task and keys over all ranks, sorted; a step that was done again must have had the same."""
+    found: dict[int, dict[int, list]] = {}
+    for rank, file in enumerate(sorted(out.glob("consumed-rank*.jsonl"))):
+        for line in file.read_text().splitlines():
+            if not line.endswith("]"):  # the run was killed while it wrote
+                continue
+            step, *batch = json.loads(line)
+            assert found.setdefault(step, {}).setdefault(rank, batch) == batch, f"step {step} differs after a resume"
+    whole = {}
+    for step, ranks in found.items():
+        tasks = {task for task, _ in ranks.values()}
+        assert len(tasks) == 1, f"ranks had different tasks at step {step}"
+        whole[step] = (tasks.pop(), tuple(sorted(key for _, keys in ranks.values() for key in keys)))
+    return whole
+
+
+def weights_hash(out: Path) -> str:
+    return read_provenance(out / "encoder")["sha256"]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
