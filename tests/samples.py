@@ -1,6 +1,8 @@
 """Small things to test with: texts, sizes of a tiny encoder, pictures and sounds made on the spot."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import soundfile
@@ -35,3 +37,44 @@ def sound_bytes(
     file = io.BytesIO()
     soundfile.write(file, wave, rate, format=format)
     return file.getvalue()
+
+
+def zeros(number: int) -> bytes:
+    """That many zero bytes, deflated: about a thousandth."""
+    deflate, pieces = zlib.compressobj(1), []
+    for start in range(0, number, 2**20):
+        pieces.append(deflate.compress(bytes(min(2**20, number - start))))
+    return b"".join(pieces) + deflate.flush()
+
+
+def png_file(width: int, height: int, bits: int, colour: int, data: bytes = b"", *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of the declared size and type of colour around deflated `data`, whatever they are."""
+    head = (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    pieces = [head, *chunks, (b"IDAT", data), (b"IEND", b"")]
+    checked = [struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in pieces]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(checked)
+
+
+def wav_file(*, rate: int = 16_000, channels: int = 1, data: bytes = bytes(32_000), size: int | None = None) -> bytes:
+    """A WAV of 16 bits whose head declares what it is told."""
+    width = 2 * channels & 0xFFFF
+    head = struct.pack("<IHHIIHH", 16, 1, channels, rate, min(2**32 - 1, rate * width), width, 16)
+    body = b"WAVEfmt " + head + b"data" + struct.pack("<I", len(data) if size is None else size) + data
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def pdf_file(*objects: bytes, trailer: bytes = b"") -> bytes:
+    """A PDF of the objects 1, 2, ..; the first is its catalogue."""
+    data, offsets = b"%PDF-1.7\n", []
+    for number, body in enumerate(objects, 1):
+        offsets.append(len(data))
+        data += b"%d 0 obj\n" % number + body + b"\nendobj\n"
+    table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
+    count = len(objects) + 1
+    last = b"trailer\n<</Size %d/Root 1 0 R%s>>\nstartxref\n%d\n%%%%EOF\n" % (count, trailer, len(data))
+    return data + b"xref\n0 %d\n0000000000 65535 f \n" % count + table + last
+
+
+def stream_object(data: bytes, entries: bytes = b"") -> bytes:
+    """A PDF's stream with these entries in its dictionary."""
+    return b"<<%s/Length %d>>stream\n" % (entries, len(data)) + data + b"\nendstream"

@@ -1,6 +1,13 @@
 """Promises of decoding: every format arrives in its documented shape, limits hold, bad bytes get one clear error."""
 
 import io
+import pickle
+import signal
+import struct
+import threading
+import time
+import warnings
+from contextlib import suppress
 from typing import Any
 
 import av
@@ -9,8 +16,9 @@ import pytest
 from PIL import Image
 from samples import picture_bytes, sound_bytes
 
-from datamodules.decode import DecodeLimits, decode_part
-from datamodules.sample import Part
+from datamodules import decode
+from datamodules.decode import DecodeLimits, RefusedError, decode_example, decode_item, decode_part, time_limit
+from datamodules.sample import Example, Part, media_item
 
 LIMITS = DecodeLimits()
 
@@ -124,3 +132,123 @@ def test_a_page_may_be_a_picture():
 def test_what_cannot_be_used_gets_one_clear_error(kind, data, format, limits, message):
     with pytest.raises(ValueError, match=message):
         decode_part(Part(kind, data, format), limits)
+
+
+def spin(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def test_what_takes_too_long_is_refused_and_the_alarm_is_put_back():
+    former = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    began = time.monotonic()
+    with pytest.raises(RefusedError, match=r"longer than the 0.1 s") as caught, time_limit(0.1):
+        spin(5)
+    assert caught.value.cause == "too slow"
+    assert time.monotonic() - began < 1
+    assert signal.getsignal(signal.SIGALRM) is former[0]
+    assert signal.getitimer(signal.ITIMER_REAL) == pytest.approx(former[1], abs=1)
+
+
+def test_a_time_limit_holds_where_its_error_is_swallowed_once():
+    def swallowing() -> None:
+        with suppress(RefusedError):
+            spin(5)
+        spin(5)
+
+    began = time.monotonic()
+    with pytest.raises(RefusedError), time_limit(0.1):
+        swallowing()
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(0.1, 5.0), (5.0, 0.1)])
+def test_the_shorter_of_two_nested_time_limits_holds(outer, inner):
+    began = time.monotonic()
+    with pytest.raises(RefusedError, match=r"0\.1 s"), time_limit(outer), time_limit(inner):
+        spin(3)
+    assert time.monotonic() - began < 1
+
+
+def test_an_outer_time_limit_goes_on_after_an_inner_one():
+    def two_steps() -> None:
+        with time_limit(0.2):
+            spin(0.01)
+        spin(3)
+
+    with pytest.raises(RefusedError, match=r"0\.3 s"), time_limit(0.3):
+        two_steps()
+
+
+def test_another_thread_has_no_time_limit():
+    done = []
+
+    def work() -> None:
+        with time_limit(0.01):
+            spin(0.1)
+        done.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done
+
+
+def test_items_and_examples_have_a_time_limit():
+    item, limits = media_item("image", picture_bytes(), "png"), DecodeLimits(max_seconds=1e-6)
+    for decoding in (lambda: decode_item(item, limits), lambda: decode_example(Example("a", query=item), limits)):
+        with pytest.raises(RefusedError) as caught:
+            decoding()
+        assert caught.value.cause == "too slow"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RecursionError("deep"),
+        OverflowError("large"),
+        SystemError("C"),
+        ZeroDivisionError("zero"),
+        struct.error("short"),
+        KeyError("a\nb"),
+        DeprecationWarning("old"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_every_error_of_a_library_means_that_the_bytes_are_bad(error, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(decode, "decode_image", fail)
+    with pytest.raises(RefusedError, match=r"^this image \(png, 1 bytes\) does not decode: .+$") as caught:
+        decode_part(Part("image", b"x", "png"), LIMITS)
+    assert caught.value.cause == "does not decode"
+
+
+def test_a_librarys_warning_neither_shows_nor_stops(monkeypatch):
+    monkeypatch.setattr(decode, "decode_image", lambda *_: warnings.warn("odd", stacklevel=1))
+    decode_part(Part("image", b"x", "png"), LIMITS)
+
+
+def test_a_refusal_keeps_its_cause_between_processes():
+    error = pickle.loads(pickle.dumps(RefusedError("a b", "too long")))
+    assert (str(error), error.cause) == ("a b", "too long")
+    assert RefusedError("made by a loader from its message").cause == "does not decode"
+
+
+def test_large_frames_are_scaled_down_in_their_shape():
+    data = video_bytes("mp4", "libx264", seconds=2, rate=1, size=64)
+    frames = content("video", data, "mp4", DecodeLimits(max_frame_pixels=16 * 16))
+    assert frames.shape == (2, 16, 16, 3)
+    assert np.allclose(frames.mean(axis=(1, 2, 3)), [0, 20], atol=6)
+
+
+def test_a_large_picture_equals_the_same_converted_at_once():
+    pixels = np.random.default_rng(0).integers(0, 256, (1500, 1000, 4), dtype=np.uint8)
+    file, turned = io.BytesIO(), Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(file, "PNG", exif=turned, compress_level=1)
+    white = Image.alpha_composite(Image.new("RGBA", (1000, 1500), "white"), Image.fromarray(pixels)).convert("RGB")
+    assert (content("image", file.getvalue(), "png") == np.rot90(np.asarray(white), -1)).all()
