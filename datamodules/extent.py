@@ -8,7 +8,7 @@ import numpy as np
 import pypdfium2
 import soundfile
 
-from datamodules.decode import VIDEO_FORMATS
+from datamodules.media.video import OFFLINE, VIDEO_FORMATS
 from datamodules.sample import TEXT_KINDS, Item, Part
 
 # Bytes of text in UTF-8, pictures (images and pages), seconds of sound and of film.
@@ -46,7 +46,7 @@ def _seconds_of_video(part: Part) -> float:
     assert isinstance(part.data, bytes)
     with (
         contextlib.suppress(av.FFmpegError, KeyError),
-        av.open(io.BytesIO(part.data), mode="r", format=VIDEO_FORMATS[part.format]) as container,
+        av.open(io.BytesIO(part.data), mode="r", format=VIDEO_FORMATS[part.format], options=OFFLINE) as container,
     ):
         return (container.duration or 0) / av.time_base
     return 0.0

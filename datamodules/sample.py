@@ -18,7 +18,7 @@ KINDS = TEXT_KINDS + MEDIA_KINDS
 class BadExampleError(ValueError):
     """An example that cannot be used; `cause` says why in two or three words that can be counted."""
 
-    def __init__(self, message: str, cause: str) -> None:
+    def __init__(self, message: str, cause: str = "does not decode") -> None:
         super().__init__(message)
         self.cause = cause
 

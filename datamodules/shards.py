@@ -13,6 +13,7 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -196,10 +197,11 @@ class Split:
         """An open file of a shard; the longest unused is closed when there are too many."""
         if number not in self._files:
             shard = self.manifest["shards"][number]
-            path = self._shards.fetch(shard["name"], **_expected(shard))
             while len(self._files) >= MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[number] = os.open(path, os.O_RDONLY)
+            while number not in self._files:
+                with suppress(FileNotFoundError):  # another process may evict it from the cache before it is open
+                    self._files[number] = os.open(self._shards.fetch(shard["name"], **_expected(shard)), os.O_RDONLY)
         self._files.move_to_end(number)
         return self._files[number]
 

@@ -7,7 +7,8 @@ from typing import TypeVar
 from torch.utils.data import IterableDataset, get_worker_info
 
 from datamodules.collate import Batch, Collate
-from datamodules.decode import DecodeLimits, decode_example, decode_item
+from datamodules.decode import decode_example, decode_item
+from datamodules.media.limits import DecodeLimits
 from datamodules.order import generator
 from datamodules.plan import Plan, rows_of_rank
 from datamodules.sample import BadExampleError, Example, Item

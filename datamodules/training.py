@@ -16,6 +16,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from datamodules.cache import Cache
 from datamodules.collate import Batch, Collate, with_prompt
 from datamodules.loader import loader_of
 from datamodules.order import Order
@@ -24,7 +25,7 @@ from datamodules.processors.composed import ComposedProcessor, ProcessorConfig
 from datamodules.processors.tokenizer import train_tokenizer
 from datamodules.sample import Item
 from datamodules.shards import Split
-from datamodules.store import Cache, Store
+from datamodules.store import Store
 from datamodules.stream import Source, StepStream
 from datamodules.tasks import TaskSpec
 

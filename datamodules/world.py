@@ -20,7 +20,7 @@ import soundfile
 from PIL import Image
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from datamodules.decode import SAMPLE_RATE
+from datamodules.media.audio import SAMPLE_RATE
 from datamodules.sample import Example, Item, Part, media_item, text_item
 from datamodules.shards import Split, write_split
 from datamodules.world_render import (

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from datamodules.decode import SAMPLE_RATE
+from datamodules.media.audio import SAMPLE_RATE
 
 COLOURS = {
     "red": (215, 25, 35),

@@ -17,8 +17,9 @@ from PIL import Image
 from samples import picture_bytes, sound_bytes
 
 from datamodules import decode
-from datamodules.decode import DecodeLimits, RefusedError, decode_example, decode_item, decode_part, time_limit
-from datamodules.sample import Example, Part, media_item
+from datamodules.decode import decode_example, decode_item, decode_part
+from datamodules.media.limits import DecodeLimits, time_limit
+from datamodules.sample import BadExampleError, Example, Part, media_item
 
 LIMITS = DecodeLimits()
 
@@ -143,7 +144,7 @@ def spin(seconds: float) -> None:
 def test_what_takes_too_long_is_refused_and_the_alarm_is_put_back():
     former = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
     began = time.monotonic()
-    with pytest.raises(RefusedError, match=r"longer than the 0.1 s") as caught, time_limit(0.1):
+    with pytest.raises(BadExampleError, match=r"longer than the 0.1 s") as caught, time_limit(0.1):
         spin(5)
     assert caught.value.cause == "too slow"
     assert time.monotonic() - began < 1
@@ -153,12 +154,12 @@ def test_what_takes_too_long_is_refused_and_the_alarm_is_put_back():
 
 def test_a_time_limit_holds_where_its_error_is_swallowed_once():
     def swallowing() -> None:
-        with suppress(RefusedError):
+        with suppress(BadExampleError):
             spin(5)
         spin(5)
 
     began = time.monotonic()
-    with pytest.raises(RefusedError), time_limit(0.1):
+    with pytest.raises(BadExampleError), time_limit(0.1):
         swallowing()
     assert time.monotonic() - began < 2
 
@@ -166,7 +167,7 @@ def test_a_time_limit_holds_where_its_error_is_swallowed_once():
 @pytest.mark.parametrize(("outer", "inner"), [(0.1, 5.0), (5.0, 0.1)])
 def test_the_shorter_of_two_nested_time_limits_holds(outer, inner):
     began = time.monotonic()
-    with pytest.raises(RefusedError, match=r"0\.1 s"), time_limit(outer), time_limit(inner):
+    with pytest.raises(BadExampleError, match=r"0\.1 s"), time_limit(outer), time_limit(inner):
         spin(3)
     assert time.monotonic() - began < 1
 
@@ -177,7 +178,7 @@ def test_an_outer_time_limit_goes_on_after_an_inner_one():
             spin(0.01)
         spin(3)
 
-    with pytest.raises(RefusedError, match=r"0\.3 s"), time_limit(0.3):
+    with pytest.raises(BadExampleError, match=r"0\.3 s"), time_limit(0.3):
         two_steps()
 
 
@@ -198,7 +199,7 @@ def test_another_thread_has_no_time_limit():
 def test_items_and_examples_have_a_time_limit():
     item, limits = media_item("image", picture_bytes(), "png"), DecodeLimits(max_seconds=1e-6)
     for decoding in (lambda: decode_item(item, limits), lambda: decode_example(Example("a", query=item), limits)):
-        with pytest.raises(RefusedError) as caught:
+        with pytest.raises(BadExampleError) as caught:
             decoding()
         assert caught.value.cause == "too slow"
 
@@ -221,21 +222,21 @@ def test_every_error_of_a_library_means_that_the_bytes_are_bad(error, monkeypatc
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(decode, "decode_image", fail)
-    with pytest.raises(RefusedError, match=r"^this image \(png, 1 bytes\) does not decode: .+$") as caught:
+    monkeypatch.setitem(decode.DECODERS, "image", fail)
+    with pytest.raises(BadExampleError, match=r"^this image \(png, 1 bytes\) does not decode: .+$") as caught:
         decode_part(Part("image", b"x", "png"), LIMITS)
     assert caught.value.cause == "does not decode"
 
 
 def test_a_librarys_warning_neither_shows_nor_stops(monkeypatch):
-    monkeypatch.setattr(decode, "decode_image", lambda *_: warnings.warn("odd", stacklevel=1))
+    monkeypatch.setitem(decode.DECODERS, "image", lambda *_: warnings.warn("odd", stacklevel=1))
     decode_part(Part("image", b"x", "png"), LIMITS)
 
 
 def test_a_refusal_keeps_its_cause_between_processes():
-    error = pickle.loads(pickle.dumps(RefusedError("a b", "too long")))
+    error = pickle.loads(pickle.dumps(BadExampleError("a b", "too long")))
     assert (str(error), error.cause) == ("a b", "too long")
-    assert RefusedError("made by a loader from its message").cause == "does not decode"
+    assert BadExampleError("made by a loader from its message").cause == "does not decode"
 
 
 def test_large_frames_are_scaled_down_in_their_shape():

@@ -27,8 +27,10 @@ from av.container import InputContainer
 from PIL import Image
 from samples import pdf_file, picture_bytes, png_file, sound_bytes, stream_object, wav_file, zeros
 
-from datamodules.decode import OFFLINE, DecodeLimits, RefusedError, decode_part
-from datamodules.sample import Part
+from datamodules.decode import decode_part
+from datamodules.media.limits import DecodeLimits
+from datamodules.media.video import OFFLINE
+from datamodules.sample import BadExampleError, Part
 
 MAX_SECONDS, MAX_BYTES = 5.0, 512 * 2**20
 WIDTH, HEIGHT = 6250, 4000  # together the default limit of pixels
@@ -471,7 +473,7 @@ def report(part: Part) -> dict[str, Any]:
     try:
         content = decode_part(part, DecodeLimits()).content
         result = [array.shape for array in content] if isinstance(content, list) else content.shape
-    except RefusedError as error:
+    except BadExampleError as error:
         result = error.cause
     except BaseException as error:
         result = f"raises {type(error).__name__}: {error}"

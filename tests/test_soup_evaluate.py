@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from datamodules.collate import Collate
-from datamodules.decode import DecodeLimits, decode_example
+from datamodules.decode import decode_example
+from datamodules.media.limits import DecodeLimits
 from datamodules.sample import Example, Item, Part, text_item
 from datamodules.shards import write_split
 from datamodules.tasks import BenchmarkSpec, TaskSpec

@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 
+from datamodules import cache as cache_module
 from datamodules import store as module
-from datamodules.store import CACHED, Cache, Store
+from datamodules.cache import CACHED, Cache
+from datamodules.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12, on fork
 FORK = multiprocessing.get_context("fork")
@@ -405,7 +407,7 @@ def ended(process) -> int:
 
 
 def test_processes_that_want_the_same_file_download_it_once(remote, server, monkeypatch, caplog):
-    monkeypatch.setattr(module, "SECONDS_UNTIL_TOLD", 0.1)
+    monkeypatch.setattr(cache_module, "SECONDS_UNTIL_TOLD", 0.1)
     server.may_go_on.clear()
     processes = [started(server, remote, "a") for _ in range(3)]
     wait_for(server.half_sent)

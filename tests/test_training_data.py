@@ -11,7 +11,8 @@ import torch
 from samples import picture_bytes
 
 from datamodules.collate import Collate, with_prompt
-from datamodules.decode import DecodeLimits, decode_example
+from datamodules.decode import decode_example
+from datamodules.media.limits import DecodeLimits
 from datamodules.processors.composed import ProcessorConfig
 from datamodules.sample import Example, content_id_of_label, media_item, text_item
 from datamodules.shards import Split, write_split

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 import datamodules.world as world_module
-from datamodules.decode import DecodeLimits, decode_audio, decode_example, decode_video
+from datamodules.decode import decode_example
+from datamodules.media.audio import decode_audio
+from datamodules.media.limits import DecodeLimits
+from datamodules.media.video import decode_video
 from datamodules.sample import Example, Item
 from datamodules.shards import Split
 from datamodules.world import (

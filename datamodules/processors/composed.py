@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.audio_utils import mel_filter_bank
 
-from datamodules.decode import SAMPLE_RATE, DecodeLimits
+from datamodules.media.audio import SAMPLE_RATE
+from datamodules.media.limits import DecodeLimits
 from datamodules.sample import MEDIA_KINDS, TEXT_KINDS, Item
 
 BEGIN, SOFT, END = range(3)

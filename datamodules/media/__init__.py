@@ -1,0 +1,1 @@
+"""One kind of media each: bytes to pixels or samples, within limits that no file passes."""
