@@ -13,7 +13,6 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -199,9 +198,10 @@ class Split:
             shard = self.manifest["shards"][number]
             while len(self._files) >= MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            while number not in self._files:
-                with suppress(FileNotFoundError):  # another process may evict it from the cache before it is open
-                    self._files[number] = os.open(self._shards.fetch(shard["name"], **_expected(shard)), os.O_RDONLY)
+            try:
+                self._files[number] = os.open(self._shards.fetch(shard["name"], **_expected(shard)), os.O_RDONLY)
+            except FileNotFoundError:  # another process may have evicted it from the cache before it was open
+                self._files[number] = os.open(self._shards.fetch(shard["name"], **_expected(shard)), os.O_RDONLY)
         self._files.move_to_end(number)
         return self._files[number]
 

@@ -138,10 +138,16 @@ def test_both_command_forms_are_the_same_run():
             ["conf=quickstart/prefinetune", "trainer.max_steps=many"],
             "\"trainer.max_steps\": Expected a <class 'int'>. Got value: many",
         ),
-        (["conf=quickstart/prefinetune", "trainer.logger.0.class_path=os.system"], "class_path 'os.system' is not allowed"),
-        (["conf=quickstart/prefinetune", "trainer.logger=evil.Logger"], "the class 'evil.Logger' is not allowed"),
+        (
+            ["conf=quickstart/prefinetune", "trainer.logger.0.class_path=os.system"],
+            "0.class_path: 'os.system' is not allowed",
+        ),
+        (
+            ["conf=quickstart/prefinetune", "trainer.logger=evil.Logger"],
+            "trainer.logger: 'evil.Logger' is not allowed",
+        ),
         (["conf=quickstart/prefinetune", "data.root=${oc.env:HOME}"], "oc.env"),
-        (["conf=quickstart/prefinetune", "model.prefixes=[4"], "has a value that is no YAML"),
+        (["conf=quickstart/prefinetune", "model.prefixes=[4"], "is no YAML that is read here"),
         (["conf=quickstart/prefinetune", "run=lightning_modules.foo.Bar"], "there is no such class or function"),
         (["conf=quickstart/prefinetune", "data.tasks={}", "data.root=x"], "no task has a rate above 0"),
         (["conf=quickstart/prefinetune", "run=os.system"], "must name a class or function of"),
@@ -196,7 +202,7 @@ def test_a_configuration_that_includes_itself_or_is_no_yaml_is_refused(tmp_path,
     (tmp_path / "b.yaml").write_text("include: [a]")
     (tmp_path / "c.yaml").write_text("x: [1")
     (tmp_path / "d.yaml").write_text("include: [none]")
-    for name, message in (("a", "includes it"), ("c", "no valid YAML"), ("d", "does not exist")):
+    for name, message in (("a", "includes it"), ("c", "is no YAML that is read here"), ("d", "does not exist")):
         with pytest.raises(ValueError, match=message):
             train.compose(tmp_path / f"{name}.yaml", [])
 
