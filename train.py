@@ -118,6 +118,13 @@ def fit(stage: type, config: dict[str, Any], wants_help: bool) -> None:
         def before_fit(self) -> None:
             replace_file(Path(self.trainer.default_root_dir) / "config.yaml", resolved)
 
+        def after_fit(self) -> None:
+            guard = self.model.guard
+            if guard.storm is not None:
+                raise ValueError(guard.storm)
+            if guard.stopped_by is not None:
+                raise StoppedError(guard.stopped_by, self.trainer.global_step)
+
         def _parse_ckpt_path(self) -> None:
             """Take no configuration from a checkpoint: it would be unpickled, and could name what to import."""
 
@@ -130,12 +137,7 @@ def fit(stage: type, config: dict[str, Any], wants_help: bool) -> None:
     resolved = OmegaConf.to_yaml(OmegaConf.create(without_secrets(config)))  # before the parser puts its own objects into it
     sys.argv = sys.argv[:1]  # everything is in `arguments`; the CLI warns when both are there
     arguments: Any = ["fit", "--help"] if wants_help else {"subcommand": "fit", "fit": config}
-    cli = StageCLI(stage, TrainingData, args=arguments, save_config_callback=None, parser_kwargs={"exit_on_error": wants_help})
-    guard = cli.model.guard
-    if guard.storm is not None:
-        raise ValueError(guard.storm)
-    if guard.stopped_by is not None:
-        raise StoppedError(guard.stopped_by, cli.trainer.global_step)
+    StageCLI(stage, TrainingData, args=arguments, save_config_callback=None, parser_kwargs={"exit_on_error": wants_help})
 
 
 def call(function: Any, config: dict[str, Any], wants_help: bool) -> None:
