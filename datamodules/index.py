@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from rich.progress import track
 from datamodules.extent import EXTENT, extent_of
 from datamodules.files import replace_file, sha256_of
 from datamodules.record import Columns, from_record
+from datamodules.store import Store
 from datamodules.tar import TarReader
 
 FORMAT = "polyphony-shards/2"
@@ -119,11 +121,12 @@ def _samples(reader: TarReader) -> Iterator[tuple[str, dict[str, tuple[int, byte
 
 def write_index(
     folder: Path,
-    tars: Sequence[Path],
+    store: Store,
+    names: Sequence[str],
     *,
     columns: Columns | None = None,
     about: Mapping[str, Any] | None = None,
-    shards_at: str | None = None,
+    at: Store | None = None,
     num_workers: int = 1,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -131,28 +134,30 @@ def write_index(
 
     Args:
         folder: Where the tables go.
-        tars: The shards, in order.
+        store: Where the tars lie.
+        names: Their names there, in order.
         columns: How samples become examples; None for our own layout.
         about: Goes into the manifest.
-        shards_at: Where the tars lie when not in `folder`.
+        at: Where readers of the split find the tars, if not in `folder`.
         num_workers: Processes that read.
         console: Where a progress bar is drawn; None draws none.
 
     Returns:
-        The manifest, and under "malformed" what does not make an example: [position, shard, key, cause].
+        The manifest, and under "malformed" what does not make an example: [row, shard, key, cause].
 
     Raises:
         ValueError: A tar holds what a shard may not.
     """
     pieces = folder / ".indexing"
     pieces.mkdir(parents=True, exist_ok=True)
-    work = [(tar, pieces / f"{number:08d}.npz", columns) for number, tar in enumerate(tars)]
+    work = [(store, name, pieces / f"{number:08d}.npz", columns) for number, name in enumerate(names)]
     with multiprocessing.get_context("fork").Pool(num_workers) if num_workers > 1 else _NoPool() as pool:
         done = pool.imap(_index_piece, work)
         for _ in done if console is None else track(done, "indexing", total=len(work), console=console, transient=True):
             pass
-    manifest, malformed = _merge(folder, [(tar.name, piece) for tar, piece, _ in work])
-    manifest |= {"about": dict(about or {}), "shards_at": shards_at}
+    manifest, malformed = _merge(folder, [(name, piece) for _, name, piece, _ in work])
+    manifest["about"] = dict(about or {})
+    manifest["shards_at"] = None if at is None else str(Path(at.root).resolve()) if at.is_local else at.root
     manifest["columns"] = None if columns is None else dataclasses.asdict(columns)
     replace_file(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
     shutil.rmtree(pieces)
@@ -171,13 +176,19 @@ class _NoPool:
         pass
 
 
-def _index_piece(work: tuple[Path, Path, Columns | None]) -> None:
+def _index_piece(work: tuple[Store, str, Path, Columns | None]) -> None:
     """Index one tar into a file of its own, unless that was done and the tar is as it was."""
-    tar, piece, columns = work
-    stamp = json.dumps([str(tar), tar.stat().st_size, tar.stat().st_mtime_ns, columns and dataclasses.asdict(columns)])
+    store, name, piece, columns = work
+    changed = Path(store.root, name).stat().st_mtime_ns if store.is_local else None
+    stamp = json.dumps([store.root, name, store.size(name), changed, columns and dataclasses.asdict(columns)])
     if piece.exists() and _read_piece(piece)[0] == stamp:
         return
-    found = index_tar(tar, columns)
+    if store.is_local:
+        found = index_tar(Path(store.root, name), columns)
+    else:
+        with tempfile.NamedTemporaryFile(dir=piece.parent, suffix=".tar") as copy:
+            store.copy(name, copy)
+            found = index_tar(Path(copy.name), columns)
     described = {name: getattr(found, name) for name in ("fields", "num_bytes", "sha256", "malformed")}
     texts = [np.frombuffer(text.encode(), np.uint8) for text in (stamp, json.dumps(described))]
     beside = piece.with_suffix(".partial")
@@ -224,7 +235,8 @@ def _merge(folder: Path, pieces: Sequence[tuple[str, Path]]) -> tuple[dict[str, 
         if isinstance(table, np.memmap):
             table.flush()
         else:
-            np.save(path.open("wb"), table)
+            with path.open("wb") as file:
+                np.save(file, table)
         os.replace(path, folder / final)
     digests = {table: {"bytes": (folder / table).stat().st_size, "sha256": sha256_of(folder / table)} for table in TABLES}
     manifest = {"format": FORMAT, "num_examples": num_examples, "fields": list(fields), "tables": digests, "shards": shards}

@@ -58,7 +58,7 @@ def write_split(
         num_examples = _write_tars(beside, examples, examples_per_shard)
         if not num_examples:
             raise ValueError(f"nothing to write to {folder}: the source gave no example")
-        manifest = write_index(beside, sorted(beside.glob("*.tar")), about=about)
+        manifest = write_index(beside, Store(beside), sorted(path.name for path in beside.glob("*.tar")), about=about)
         assert manifest["num_examples"] == num_examples
         replace_folder(folder, beside)
     except OSError as error:
@@ -108,7 +108,7 @@ class Split:
         columns = self.manifest["columns"]
         self._columns = None if columns is None else columns_from_json(columns)
         at = self.manifest["shards_at"]
-        self._shards = self.folder if at is None else Store(at, cache=self.folder.cache)
+        self.shards = self.folder if at is None else Store(at, cache=self.folder.cache)
         if self.folder.is_local:  # what comes from a remote store was hashed when it was fetched
             _check_tables(self.folder, self.manifest["tables"])
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -144,15 +144,15 @@ class Split:
     @property
     def keys(self) -> list[str]:
         """All keys, in order."""
-        return [key.decode() for key in np.delete(self._examples["key"], self._left_out)]
+        return [key.decode("utf-8") for key in np.delete(self._examples["key"], self._left_out)]
 
     def key(self, position: int) -> str:
         """The key of the example at a position."""
-        return self._examples["key"][self._row(position)].decode()
+        return self._examples["key"][self._row(position)].decode("utf-8")
 
     def shard(self, position: int) -> str:
         """Where the shard lies that holds the example at a position."""
-        return f"{self._shards}/{self.manifest['shards'][self._shard_of(self._row(position))]['name']}"
+        return f"{self.shards}/{self.manifest['shards'][self._shard_of(self._row(position))]['name']}"
 
     def extents(self, positions: np.ndarray) -> dict[str, np.ndarray]:
         """Extents of the queries and targets at positions (P,): `query` and `target` to rows of `EXTENT`."""
@@ -168,7 +168,7 @@ class Split:
         row = int(self._row(position))
         first = int(self._examples["end"][row - 1]) if row else 0
         name, end, *_ = self._examples[row]
-        key, shard, files = name.decode(), self._shard_of(row), {}
+        key, shard, files = name.decode("utf-8"), self._shard_of(row), {}
         descriptor = self._descriptor(shard)
         for number, offset, size, crc32 in self._members[first:end].tolist():
             field = self.manifest["fields"][number]
@@ -199,9 +199,9 @@ class Split:
             while len(self._files) >= MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
             try:
-                self._files[number] = os.open(self._shards.fetch(shard["name"], **_expected(shard)), os.O_RDONLY)
+                self._files[number] = os.open(self.shards.fetch(shard["name"], **_expected(shard)), os.O_RDONLY)
             except FileNotFoundError:  # another process may have evicted it from the cache before it was open
-                self._files[number] = os.open(self._shards.fetch(shard["name"], **_expected(shard)), os.O_RDONLY)
+                self._files[number] = os.open(self.shards.fetch(shard["name"], **_expected(shard)), os.O_RDONLY)
         self._files.move_to_end(number)
         return self._files[number]
 
@@ -220,15 +220,15 @@ class Split:
         self._examples, self._members = examples, members
 
     def _check_shards(self) -> None:
-        if not self._shards.is_local:
+        if not self.shards.is_local:
             return
         for shard in self.manifest["shards"]:
             name = shard["name"]
-            if not self._shards.exists(name):
-                raise ValueError(f"{self._shards}/{name} is missing though the manifest names it; write the split again")
-            if self._shards.size(name) != shard["bytes"]:
+            if not self.shards.exists(name):
+                raise ValueError(f"{self.shards}/{name} is missing though the manifest names it; write the split again")
+            if self.shards.size(name) != shard["bytes"]:
                 raise ValueError(
-                    f"{self._shards}/{name} has {self._shards.size(name)} bytes, its manifest says {shard['bytes']}; "
+                    f"{self.shards}/{name} has {self.shards.size(name)} bytes, its manifest says {shard['bytes']}; "
                     "write the split again"
                 )
 

@@ -11,7 +11,10 @@ FILES = [
     for place in ("train.py", "datamodules", "kernels", "lightning_modules", "experiments", "tests")
     for path in ([ROOT / place] if place.endswith(".py") else sorted((ROOT / place).rglob("*.py")))
 ]
-EXCEPTIONS: dict[tuple[str, str], str] = {}  # (file, what the scan says) -> why it has to be there
+EXCEPTIONS = {  # (file, what the scan says) -> why it has to be there
+    ("tests/test_hostile_media.py", "import of pickle"): "writes hostile pickles that nothing may run",
+    ("tests/test_hostile_media.py", "os.system"): "what such a pickle would run",
+}
 
 UNPICKLING = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 BUILTINS = {"eval", "exec", "compile", "__import__"}

@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import train
+from lightning_modules import configuration
 from lightning_modules.encoder.checkpoint import read_provenance, read_weights
 
 ROOT = Path(__file__).parent.parent
@@ -197,7 +198,7 @@ def test_a_workers_error_is_shown_without_its_traceback(world, tmp_path):
 
 
 def test_a_configuration_that_includes_itself_or_is_no_yaml_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CONF", tmp_path)
+    monkeypatch.setattr(configuration, "CONF", tmp_path)
     (tmp_path / "a.yaml").write_text("include: [b]\nrun: x")
     (tmp_path / "b.yaml").write_text("include: [a]")
     (tmp_path / "c.yaml").write_text("x: [1")
