@@ -57,8 +57,6 @@ class TrainingData(L.LightningDataModule):
         init_from: An encoder's folder whose processor (tokenizer and sizes) is used.
         seed: Of the order and of the prompt dropout.
         steps_per_block: Every task has exactly its share of each block of so many steps.
-        pool_batches: Successive batches of a task whose examples are dealt among them by length, so that little is padded;
-            0 leaves them as they come.
         window_shards: Shards in a window of the windowed order, for stores whose cache cannot hold everything; None for the
             global order.
         prompt_dropout: Share of queries that go without their prompt. Our choice: no paper publishes it.
@@ -78,7 +76,6 @@ class TrainingData(L.LightningDataModule):
         init_from: str | None = None,
         seed: int = 0,
         steps_per_block: int = 1000,
-        pool_batches: int = 50,
         window_shards: int | None = None,
         prompt_dropout: float = 0.1,
         max_tokenizer_texts: int = 50_000,
@@ -99,7 +96,7 @@ class TrainingData(L.LightningDataModule):
         self.tasks = {name: task for name, task in tasks.items() if task.rate > 0}
         self.processor_config, self.init_from = processor, init_from
         self.seed, self.steps_per_block, self.prompt_dropout = seed, steps_per_block, prompt_dropout
-        self.pool_batches, self.window_shards = pool_batches, window_shards
+        self.window_shards = window_shards
         self.max_tokenizer_texts, self.num_workers = max_tokenizer_texts, num_workers
         self.start_method, self.max_wait_seconds = start_method, max_wait_seconds
         self.next_step = self.num_examples = 0
@@ -117,7 +114,7 @@ class TrainingData(L.LightningDataModule):
             order = Order(len(split), ends, self.window_shards or 1)
             lengths = None if processor is None else _Lengths(split, processor)
             planned[name] = PlannedTask(order, task.batch_size, task.rate, lengths)
-        return Plan(planned, seed=self.seed, steps_per_block=self.steps_per_block, pool_batches=self.pool_batches)
+        return Plan(planned, seed=self.seed, steps_per_block=self.steps_per_block)
 
     def prepare_data(self) -> None:
         if (
@@ -182,8 +179,8 @@ class TrainingData(L.LightningDataModule):
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as lines:
                 lines.writelines(json.dumps(dataclasses.asdict(fault), ensure_ascii=False) + "\n" for fault in batch.faults)
-        masks = [inputs.attention_mask for inputs in (batch.query, batch.target, batch.negative) if inputs is not None]
-        num_tokens, num_places = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+        columns = [inputs for inputs in (batch.query, batch.target, batch.negative) if inputs is not None]
+        num_tokens, num_places = map(sum, zip(*(inputs.num_tokens_and_places for inputs in columns), strict=True))
         _, earlier = self.plan.task_of(batch.step)
         return {
             "share_of_steps": (earlier + 1) / (batch.step + 1),
@@ -220,7 +217,7 @@ class TrainingData(L.LightningDataModule):
             name: [task.batch_size, task.rate, split.digest]
             for (name, task), split in zip(self.tasks.items(), self.splits.values(), strict=True)
         }
-        order = [self.seed, self.steps_per_block, self.pool_batches, self.window_shards]
+        order = [self.seed, self.steps_per_block, self.window_shards]
         described = json.dumps(["plan/2", tasks, order], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
 
@@ -246,11 +243,11 @@ class TrainingData(L.LightningDataModule):
 
 @dataclass(frozen=True, slots=True)
 class _Lengths:
-    """Positions to the lengths of their query and target, from the index alone."""
+    """Positions to the lengths of their query and target together, from the index alone."""
 
     split: Split
     processor: ComposedProcessor
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         extents = self.split.extents(positions)
-        return np.stack([self.processor.num_tokens(extents[name]) for name in ("query", "target")], axis=1)
+        return self.processor.num_tokens(extents["query"]) + self.processor.num_tokens(extents["target"])

@@ -1,4 +1,4 @@
-"""Promises of the plan: exact shares, every example once per epoch, a pure function of seed and step, little padding."""
+"""Promises of the plan: exact shares, every example once per epoch, a pure function of seed and step."""
 
 import copy
 import zlib
@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.buckets import bucketed, padded
 from datamodules.order import Order, feistel, permuted
 from datamodules.plan import Plan, PlannedTask, rows_of_rank
 
@@ -22,10 +21,10 @@ TASKS = {"a": task(10, 4, 1.0), "b": task(7, 3, 2.0), "c": task(100, 8, 0.5), "o
 
 
 class Spread:
-    """Lengths of query and target that follow from the position."""
+    """Lengths that follow from the position."""
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        return np.stack([10 + positions * 7919 % 90, 5 + positions * 104729 % 300], axis=1)
+        return 10 + positions * 7919 % 90
 
 
 def test_every_block_holds_each_task_its_exact_share():
@@ -51,26 +50,21 @@ def plans(draw) -> Plan:
         order = Order(sum(shards), **(windowed if draw(st.booleans()) else {}))
         lengths = Spread() if draw(st.booleans()) else None
         tasks[str(name)] = PlannedTask(order, 4 * draw(st.integers(1, 4)), draw(st.integers(1, 5)), lengths)
-    pool = draw(st.sampled_from([0, 2, 3, 50]))
-    return Plan(tasks, seed=draw(st.integers(0, 2**31)), steps_per_block=40, pool_batches=pool)
+    return Plan(tasks, seed=draw(st.integers(0, 2**31)), steps_per_block=40)
 
 
 @settings(max_examples=300, deadline=None)
 @given(plan=plans(), world_size=st.sampled_from([1, 2, 4]))
 def test_every_example_comes_once_per_task_epoch(plan, world_size):
-    seen: dict[str, list[int]] = {name: [] for name in plan.tasks}
+    seen = {name: np.zeros(planned.order.num_examples, int) for name, planned in plan.tasks.items()}
     for step in range(120):
         name, batch = plan.task_of(step)
         length = plan.tasks[name].batch_size
-        assert batch * length == len(seen[name])
-        positions = plan.positions(step)
+        assert batch * length == seen[name].sum()
         rows = np.concatenate([rows_of_rank(length, rank, world_size) for rank in range(world_size)])
         assert sorted(rows) == list(range(length))
-        seen[name] += positions.tolist()
-    for name, planned in plan.tasks.items():
-        size = planned.order.num_examples
-        for first in range(0, len(seen[name]) - size + 1, size):
-            assert sorted(seen[name][first : first + size]) == list(range(size))
+        np.add.at(seen[name], plan.positions(step)[rows], 1)
+        assert seen[name].max() - seen[name].min() <= 1  # none comes again before all others came
 
 
 @settings(max_examples=50, deadline=None)
@@ -87,7 +81,7 @@ def test_the_order_of_a_seed_does_not_change_from_version_to_version():
     tasks = {"a": task(1000, 8, 1.0, lengths=Spread()), "b": PlannedTask(Order(90, (30, 60, 90), 2), 4, 1.0)}
     plan = Plan(tasks, seed=7, steps_per_block=10)
     steps = b"".join(plan.positions(step).astype("<i8").tobytes() for step in range(300))
-    assert zlib.crc32(steps) == 4001874110
+    assert zlib.crc32(steps) == 2446408333
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
@@ -120,28 +114,12 @@ def test_the_windowed_order_stays_within_its_window_of_shards():
     assert all((steps == 1).mean() < 0.5 for steps in inner)
 
 
-def test_batches_of_like_lengths_pad_less_and_hold_the_same_examples():
-    lengths = Spread()(np.arange(50 * 16 + 5))
-    order = bucketed(lengths, 16, 3, np.random.default_rng(0))
-    assert sorted(order) == list(range(len(lengths)))
-    whole = order[3 : 3 + 50 * 16]
-    tokens = lengths[whole].sum()
-    assert 1 - lengths[:800].sum() / padded(lengths[:800], 16) > 0.4
-    assert 1 - tokens / padded(lengths[whole], 16) < 0.15
-    firsts = lengths[whole].sum(1).reshape(50, 16)[:, 0]
-    assert abs(np.corrcoef(firsts, np.arange(50))[0, 1]) < 0.5  # the batches do not come by length
-
-
-def test_examples_of_one_length_stay_in_random_order():
-    order = bucketed(np.full((160, 2), 9), 16, 0, np.random.default_rng(0))
-    batches = np.sort(order.reshape(10, 16).min(1))
-    assert np.array_equal(batches, np.arange(0, 160, 16))  # as they came, which is what the epoch's permutation made random
-
-
-def test_ranks_take_as_much_of_a_batch_that_lies_by_length():
-    lengths = np.arange(64)
-    taken = [lengths[rows_of_rank(64, rank, 4)].sum() for rank in range(4)]
-    assert max(taken) - min(taken) <= 4
+def test_ranks_take_as_much_of_a_batch():
+    plan = Plan({"a": task(1000, 64, 1.0, lengths=Spread())}, seed=0)
+    for step in range(10):
+        lengths = Spread()(plan.positions(step))
+        taken = [lengths[rows_of_rank(64, rank, 4)].sum() for rank in range(4)]
+        assert max(taken) - min(taken) <= 0.04 * lengths.sum() / 4
 
 
 @pytest.mark.parametrize(

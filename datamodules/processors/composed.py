@@ -21,6 +21,7 @@ from transformers.audio_utils import mel_filter_bank
 
 from datamodules.media.audio import SAMPLE_RATE
 from datamodules.media.limits import DecodeLimits
+from datamodules.processors.passes import passes_of
 from datamodules.sample import MEDIA_KINDS, TEXT_KINDS, Item
 
 BEGIN, SOFT, END = range(3)
@@ -41,21 +42,41 @@ class Inputs:
         attention_mask: (N, L) int64, 1 on tokens and places, 0 on padding.
         media: Kind to its views in order of appearance: uint8 (V, 3, H, W), for audio float32 (V, 1, mels, frames).
         num_truncated: Items whose text was cut to the limit.
+        passes: Rows (int64) that go through the encoder together, and their longest; none means all at once, as with media.
     """
 
     token_ids: Tensor
     attention_mask: Tensor
     media: dict[str, Tensor] = field(default_factory=dict)
     num_truncated: int = 0
+    passes: tuple[tuple[Tensor, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def in_passes(self) -> list[Self]:
+        """The inputs of each pass, cut to their longest; their rows lie in the order of `passes`."""
+        return [
+            dataclasses.replace(
+                self, token_ids=self.token_ids[rows, :longest], attention_mask=self.attention_mask[rows, :longest], passes=()
+            )
+            for rows, longest in self.passes
+        ]
+
+    @property
+    def num_tokens_and_places(self) -> tuple[int, int]:
+        """Tokens, and tokens with the padding that goes through the encoder."""
+        places = sum(longest * len(rows) for rows, longest in self.passes) or self.attention_mask.numel()
+        return int(self.attention_mask.sum()), places
+
     def to(self, device: torch.device | str) -> Self:
         """The inputs with every tensor on a device."""
-        media = {kind: views.to(device) for kind, views in self.media.items()}
         return dataclasses.replace(
-            self, token_ids=self.token_ids.to(device), attention_mask=self.attention_mask.to(device), media=media
+            self,
+            token_ids=self.token_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            media={kind: views.to(device) for kind, views in self.media.items()},
+            passes=tuple((rows.to(device), longest) for rows, longest in self.passes),
         )
 
 
@@ -73,6 +94,7 @@ class ProcessorConfig:
         num_mels: Height of a spectrogram view.
         num_frames: Width of a spectrogram view.
         tokens_per_view: Kind of media to the number of places of one view.
+        pass_cost: What a further pass of the encoder over a part of a batch costs, in tokens; see `passes_of`.
         decode: Limits of what a medium may hold, and how densely video is sampled.
     """
 
@@ -85,6 +107,7 @@ class ProcessorConfig:
     num_mels: int = 64
     num_frames: int = 64
     tokens_per_view: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MEDIA_KINDS, 16))
+    pass_cost: int = 64
     decode: DecodeLimits = field(default_factory=DecodeLimits)
 
     def __post_init__(self) -> None:
@@ -142,7 +165,11 @@ class ComposedProcessor:
         for row, ids in enumerate(rows):
             token_ids[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids)] = 1
-        return Inputs(token_ids, mask, {kind: torch.cat(views) for kind, views in media.items() if views}, num_truncated)
+        if any(media.values()):
+            return Inputs(token_ids, mask, {kind: torch.cat(views) for kind, views in media.items() if views}, num_truncated)
+        lengths = np.array([len(ids) for ids in rows])
+        passes = [(torch.from_numpy(part), int(lengths[part].max())) for part in passes_of(lengths, self.config.pass_cost)]
+        return Inputs(token_ids, mask, num_truncated=num_truncated, passes=tuple(passes))
 
     def _sequence(self, item: Item, media: dict[str, list[Tensor]]) -> tuple[list[int], bool]:
         """Token ids and places of one item; its views are appended to `media`."""

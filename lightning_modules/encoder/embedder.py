@@ -55,6 +55,9 @@ class Embedder(nn.Module):
             )
 
     def forward(self, inputs: Inputs) -> Tensor:
+        if len(inputs.passes) > 1:
+            places = torch.cat([rows for rows, _ in inputs.passes]).argsort()
+            return torch.cat([self(part) for part in inputs.in_passes()])[places]
         states_NLH = self.backbone(inputs)
         return self.projection(mean_pool(states_NLH, inputs.attention_mask)).float()
 
