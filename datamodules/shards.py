@@ -303,20 +303,29 @@ def read_quarantine(folder: Store, manifest: Mapping[str, Any]) -> list[int]:
     Raises:
         ValueError: The list is damaged or was made for other shards.
     """
+    return sorted({example["row"] for example in quarantined(folder, manifest)})
+
+
+def quarantined(folder: Store, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a split's quarantine list says: of each example its row, shard, key, cause and message, as they were found.
+
+    Raises:
+        ValueError: The list is damaged or was made for other shards.
+    """
     if not folder.exists(QUARANTINE):
         return []
     where = f"{folder}/{QUARANTINE}"
     try:
         listed = parse_json(folder.read_bytes(QUARANTINE, MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES)
-        rows = sorted({int(example["row"]) for example in listed["examples"]})
+        examples = [{**example, "row": int(example["row"])} for example in listed["examples"]]
         made_for, version = listed["index"], listed["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where} is damaged ({error!r}); delete it and run conf=verify again") from error
     if made_for != manifest["tables"]["examples.npy"]["sha256"] or version != QUARANTINE_FORMAT:
         raise ValueError(f"{where} was made for other shards than lie here; delete it and run conf=verify again")
-    if rows and not 0 <= rows[0] <= rows[-1] < manifest["num_examples"]:
+    if not all(0 <= example["row"] < manifest["num_examples"] for example in examples):
         raise ValueError(f"{where} names examples that the split does not have; delete it and run conf=verify again")
-    return rows
+    return examples
 
 
 def write_quarantine(folder: Path, manifest: Mapping[str, Any], bad: Iterable[tuple[int, str, str, str, str]]) -> None:

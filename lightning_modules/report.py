@@ -1,10 +1,8 @@
 """One page that shows a run: scores against chance, score by prefix, training curves, real neighbours.
 
-The page is a single HTML file that asks nothing of anybody: style inline, charts as SVG, media as data URIs, no script;
-its Content-Security-Policy makes the browser hold it to that. `results_table` shows the same numbers in a terminal.
+The page is that of `lightning_modules.page`, its charts are SVG. `results_table` shows the same numbers in a terminal.
 """
 
-import base64
 import csv
 import math
 import re
@@ -17,78 +15,13 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from datamodules.files import replace_file
-from datamodules.sample import TEXT_KINDS, Item, Part
+from datamodules.sample import Item
 from lightning_modules.charts import Line, chart_of, hues_of, legend_of, smoothed
+from lightning_modules.page import item_of, write_page
 
 # Our choice, so that a page of twenty benchmarks still opens at once.
 MAX_QUERIES = 8
 MAX_FOUND = 5
-MAX_MEDIA_BYTES = 16 * 2**20
-
-SUBTYPES = {name: name for name in ("flac", "jpeg", "mp4", "ogg", "pdf", "png", "wav", "webm", "webp")}
-SUBTYPES |= {"jpg": "jpeg", "mp3": "mpeg"}
-
-CSS = """
-:root { color-scheme: light dark; --paper: #fcfbf8; --ink: #1c1c1a; --soft: #6a6862; --rule: #dfdcd3; --card: #fff;
-  --light: .55; --tint: 52 112 160; --good: #2c7a4b; --bad: #a8452c }
-@media (prefers-color-scheme: dark) { :root { --paper: #161719; --ink: #e5e3dd; --soft: #9b9890; --rule: #34363a;
-  --card: #1d1f22; --light: .74; --tint: 104 166 216; --good: #6cc48e; --bad: #e58b70 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 3rem clamp(1rem, 3vw, 2.5rem) 5rem; max-width: 78rem; font: 15px/1.5 system-ui, sans-serif;
-  font-variant-numeric: tabular-nums; background: var(--paper); color: var(--ink) }
-h1, h2 { font: 500 1.45rem/1.2 "Iowan Old Style", Charter, Palatino, Georgia, serif }
-h1 { font-size: clamp(1.7rem, 4vw, 2.4rem); margin: 0 0 1.5rem; overflow-wrap: anywhere }
-h2 { margin: 3.5rem 0 .4rem; padding-top: 1.1rem; border-top: 1px solid var(--rule) }
-h3 { font-size: 1rem; font-weight: 600; margin: 2rem 0 .3rem; overflow-wrap: anywhere }
-.note, small { margin: .3rem 0; color: var(--soft); font-size: .82rem; font-weight: 400 }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 11rem), 1fr)); gap: .8rem 2rem; margin: 0 }
-dt { color: var(--soft); font-size: .78rem } dd { margin: 0; overflow-wrap: anywhere }
-.scroll { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse; width: 100% }
-th, td { padding: .42rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); line-height: 1.3 }
-th { font-weight: 400; color: var(--soft); font-size: .82rem } th[scope=row] { color: var(--ink); font-size: inherit }
-th:first-child, .metric { text-align: left } th:first-child { padding-left: 0 } th small { display: block }
-.score { background: rgb(var(--tint) / calc(var(--share) * .4)) } .score.below { color: var(--bad) }
-.score small { display: inline-block; min-width: 3.3em; color: inherit; opacity: .7 }
-summary { cursor: pointer; color: var(--soft) }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1.6rem 2rem }
-figure { margin: 0; min-width: 0 } figcaption { display: flex; flex-wrap: wrap; gap: 0 .8rem; overflow-wrap: anywhere }
-figcaption b { font-weight: 600; margin-right: auto }
-svg { display: block; width: 100%; height: auto; font: 11px system-ui, sans-serif; fill: var(--soft) }
-.value { fill: var(--ink); stroke: var(--paper); stroke-width: 4; paint-order: stroke }
-.grid { stroke: var(--rule) } .chance { stroke: var(--soft); stroke-dasharray: 2 4 }
-.line { fill: none; stroke: oklch(var(--light) .13 var(--hue)); stroke-width: 1.7; stroke-linejoin: round }
-.faint { stroke-width: 1; opacity: .35 } .dashed { stroke-dasharray: 5 3 }
-circle, .run { fill: oklch(var(--light) .13 var(--hue)); color: oklch(var(--light) .13 var(--hue)) }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; margin: .4rem 0 1.3rem; font-size: .85rem }
-.legend svg { display: inline-block; width: 28px; height: 8px; margin-right: .45em; vertical-align: middle }
-.query { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: .8rem; padding: .9rem 0 }
-.query + .query { border-top: 1px solid var(--rule) }
-.item { border: 1px solid var(--rule); border-radius: 5px; padding: .5rem .6rem .6rem; background: var(--card); min-width: 0 }
-.item.asked { border-color: transparent; background: none; padding-left: 0 }
-.item.relevant { border-color: var(--good); box-shadow: inset 0 0 0 1px var(--good) }
-.tag { display: flex; flex-wrap: wrap; gap: 0 .6em; margin: 0 0 .4rem; font-size: .75rem; color: var(--soft) }
-.relevant .tag b { color: var(--good); margin-left: auto }
-.item > :where(:not(.tag)) { display: block; width: 100%; max-height: 15rem; margin: .4rem 0 0; font-size: .87rem }
-.item img, .item video { object-fit: contain; border-radius: 3px } audio { height: 36px } a { color: inherit }
-.item > p, .item > pre { overflow: auto; overflow-wrap: anywhere; white-space: pre-wrap; line-height: 1.4; tab-size: 4 }
-.item > p { max-height: 10rem } .item > pre { font: .75rem/1.4 ui-monospace, Menlo, Consolas, monospace }
-@media (max-width: 760px) { body { padding-top: 1.6rem } th, td { padding: .4rem .45rem; font-size: .85rem }
-  .query { grid-template-columns: repeat(2, minmax(0, 1fr)) } .item.asked { grid-column: 1 / -1 }
-  .metric { white-space: normal } .score small { display: block }
-  th:first-child { position: sticky; left: 0; background: var(--paper); white-space: normal; min-width: 7rem } }
-"""
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:">
-<link rel="icon" href="data:,"><style>{css}</style></head>
-<body><header><h1>{title}</h1><dl>{facts}</dl></header><main>
-{sections}
-</main></body></html>
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +56,7 @@ def write_report(
     """Write the page; at `path` there is afterwards a whole page or what was there before.
 
     Size is bounded: `MAX_QUERIES` queries per benchmark, `MAX_FOUND` found items each, `charts.MAX_POINTS` points per
-    line; media beyond `MAX_MEDIA_BYTES` are named instead of embedded.
+    line; media beyond `page.MAX_MEDIA_BYTES` are named instead of embedded.
 
     Args:
         path: The HTML file.
@@ -141,9 +74,7 @@ def write_report(
     sections = [_scores_section(scores), _prefix_section(scores)]
     sections += [_curves_section(curves)] if curves else []
     sections += [_neighbours_section(neighbours)] if neighbours else []
-    head = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    page = PAGE.format(title=escape(title), css=CSS, facts=head, sections="\n".join(sections))
-    replace_file(path, page)
+    write_page(path, title=title, facts=facts, sections=sections)
 
 
 def results_table(rows: list[dict], *, all_metrics: bool = False) -> Table:
@@ -301,34 +232,9 @@ def _neighbours_section(neighbours: list[Neighbours]) -> str:
 
 def _query(neighbour: Neighbours) -> str:
     found = neighbour.found[:MAX_FOUND]
-    cards = [f'<div class="item asked"><p class="tag">query</p>{_item(neighbour.query)}</div>']
+    cards = [f'<div class="item asked"><p class="tag">query</p>{item_of(neighbour.query)}</div>']
     for rank, (item, cosine, is_relevant) in enumerate(found, start=1):
         mark, look = ("<b>relevant</b>", " relevant") if is_relevant else ("", "")
         tag = f'<p class="tag"><span>{rank}</span><span>cos {cosine:.3f}</span>{mark}</p>'
-        cards.append(f'<div class="item{look}">{tag}{_item(item)}</div>')
+        cards.append(f'<div class="item{look}">{tag}{item_of(item)}</div>')
     return f'<div class="query">{"".join(cards)}</div>'
-
-
-def _item(item: Item) -> str:
-    title = f"<p><b>{escape(item.title)}</b></p>" if item.title else ""
-    return title + "".join(map(_part, item.parts))
-
-
-def _part(part: Part) -> str:
-    if part.kind in TEXT_KINDS:
-        tag = "pre" if part.kind == "code" else "p"
-        return f"<{tag}>{escape(str(part.data))}</{tag}>"
-    assert isinstance(part.data, bytes)
-    name = f"{part.kind}, {part.format}, {len(part.data) / 1024:,.0f} KiB"
-    if len(part.data) > MAX_MEDIA_BYTES:
-        return f'<p class="note">{escape(name)}: too large for this page</p>'
-    family = "image" if part.kind == "page" else part.kind
-    family = "application" if part.format not in SUBTYPES or part.format == "pdf" else family
-    source = f"data:{family}/{SUBTYPES.get(part.format, 'octet-stream')};base64,{base64.b64encode(part.data).decode()}"
-    tags = {
-        "image": f'<img src="{source}" alt="{escape(name)}">',
-        "audio": f'<audio controls preload="metadata" src="{source}"></audio>',
-        "video": f'<video controls loop muted playsinline preload="metadata" src="{source}"></video>',
-        "application": f'<a download="{escape(part.kind)}.{escape(part.format)}" href="{source}">{escape(name)}</a>',
-    }
-    return tags[family]

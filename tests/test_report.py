@@ -3,12 +3,8 @@
 import base64
 import csv
 import io
-import json
 import os
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ import numpy as np
 import pypdfium2
 import pytest
 import soundfile
+from pages import CHROMIUM, Page, needs_chromium, open_in_chromium, requested
 from PIL import Image, ImageDraw
 from rich.console import Console
 
@@ -27,8 +24,6 @@ from lightning_modules.report import Neighbours, results_table, write_report
 PREFIXES = (64, 128, 256, 512, 768)
 HOSTILE = "<script>document.title='it ran'</script><img src=x onerror=\"document.title='it ran'\">"
 CODE = "def first(words: list[str]) -> str:\n\treturn words[0] if len(words) > 0 & True else '<none>'\n"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page with")
 
 
 @pytest.fixture
@@ -198,7 +193,7 @@ def test_only_so_many_queries_and_found_items_are_shown(sample: dict[str, Any], 
 
 
 def test_media_too_large_for_a_page_are_named(sample: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "MAX_MEDIA_BYTES", 0)
+    monkeypatch.setattr("lightning_modules.page.MAX_MEDIA_BYTES", 0)
     write_report(tmp_path / "report.html", **sample)
     text = (tmp_path / "report.html").read_text()
     assert "base64" not in text
@@ -410,46 +405,3 @@ def printed(table: object) -> str:
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
-
-
-class Page(HTMLParser):
-    """What a reader of the page's source meets: tags, attributes, addresses that a browser would follow, plain text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: set[str] = set()
-        self.addresses: list[tuple[str, str]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes.update(name for name, _ in attrs)
-        followed = ("src", "href", "data", "poster", "srcset", "action")
-        self.addresses += [(tag, value or "") for name, value in attrs if name in followed]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def open_in_chromium(address: str, folder: Path) -> tuple[str, str]:
-    """The page's DOM after loading and what Chromium wrote to its log; its network log lies in `folder`."""
-    folder.mkdir(exist_ok=True)
-    quiet = ("quic", "background-networking", "component-update", "sync", "default-apps", "extensions")
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--enable-logging=stderr"]
-    command += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # the browser's own errands stay on this machine too
-    command += [f"--disable-{name}" for name in quiet]
-    command += [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={folder / 'network.json'}", "--dump-dom", address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
-
-
-def requested(folder: Path) -> list[str]:
-    """Addresses on the network that the page, not the browser for its own ends, asked for."""
-    log = json.loads((folder / "network.json").read_text())
-    started = log["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
-    jobs = [event.get("params", {}) for event in log["events"] if event["type"] == started]
-    addresses = [job["url"] for job in jobs if job.get("initiator", "not an origin") != "not an origin"]
-    return [address for address in addresses if not address.startswith(("file:", "data:"))]
