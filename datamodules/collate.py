@@ -95,7 +95,7 @@ class Collate:
         negatives = [
             (place, negative)
             for place, (row, example) in enumerate(zip(rows.tolist(), examples, strict=True))
-            for negative in _choose(example.negatives, spec.negatives, generator(self.seed, "negatives", step, row))
+            for negative in self._chosen(example, spec.negatives, step, row)
         ]
         hard = {}
         if negatives:
@@ -117,6 +117,14 @@ class Collate:
             faults=faults,
             **hard,
         )
+
+    def _chosen(self, example: Example, most: int, step: int, row: int) -> Sequence[Item]:
+        """At most so many of an example's hard negatives, without a preference, in their order."""
+        negatives = example.negatives
+        if len(negatives) <= most:
+            return negatives
+        random = generator(self.seed, "negatives", step, row)
+        return [negatives[n] for n in sorted(random.permutation(len(negatives))[:most])]
 
 
 def target_id(example: Example, spec: TaskSpec) -> int:
@@ -147,13 +155,6 @@ def with_prompt(item: Item, template: str | None) -> Item:
     text = "\n".join(str(part.data) for part in item.parts)
     prompted = apply_prompt(template, text, item.title)
     return Item((Part("text", prompted, content=prompted),))
-
-
-def _choose(negatives: tuple[Item, ...], most: int, random: np.random.Generator) -> list[Item]:
-    """At most so many, without a preference, in their order."""
-    if len(negatives) <= most:
-        return list(negatives)
-    return [negatives[n] for n in sorted(random.permutation(len(negatives))[:most])]
 
 
 def _ids(values: Iterable[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""How much an item holds, from texts and headers alone: what length buckets are made from, before any tokenizer is known."""
+"""How much an item holds, from texts and headers alone: how long it will be, before any tokenizer is known."""
 
 import contextlib
 import io

@@ -116,13 +116,14 @@ class StepStream(IterableDataset[Batch]):
         Raises:
             ValueError: A hundred draws in a row were bad.
         """
-        source, draws = self.sources[task], generator(self.plan.seed, "replacement", step, row)
+        source, draws = self.sources[task], None
         for _ in range(MAX_IN_A_ROW):
             try:
                 return source.read(position)
             except BadExampleError as error:
                 split = source.split
                 faults.append(Fault(task, step, split.shard(position), split.key(position), error.cause, str(error)))
+                draws = generator(self.plan.seed, "replacement", step, row) if draws is None else draws
                 position = int(draws.integers(len(split)))
         raise ValueError(
             f"task {task!r}: {MAX_IN_A_ROW} examples in a row cannot be used, the last because: {faults[-1].message}. "

@@ -67,10 +67,10 @@ def lengths_section(tasks: Mapping[str, TaskSpec], shards: Shards) -> Section:
         batches.append((name, str(task.batch_size), *(("", "") if shares is None else (f"{share:.1%}" for share in shares))))
     columns = ("<task", "<column", "<holds", "<measure", "median", "95 %", "longest")
     note = (
-        "From the index alone, without prompts. Padding is the share of the places for text (its bytes, query and target) that "
-        "batches fill with nothing: as examples come, and dealt by length as training does; no value where there is no text."
+        "From the index alone, without prompts. Padding is the share of the places for text (query and target) that batches "
+        "fill with nothing: whole ones, and in the encoder's passes as training does it; no value where there is no text."
     )
-    padded = Listing(("<task", "batch", "padding at random", "dealt by length"), batches)
+    padded = Listing(("<task", "batch", "padding of whole batches", "in passes"), batches)
     return Section("lengths", "Lengths and modalities", note, (Listing(columns, rows), padded))
 
 

@@ -8,16 +8,16 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import Progress
 
-from datamodules.buckets import bucketed, padded
 from datamodules.extent import EXTENT
 from datamodules.order import generator
+from datamodules.processors.composed import BYTES_PER_TOKEN, ProcessorConfig
+from datamodules.processors.passes import passes_of
 from datamodules.shards import Split
 from datamodules.store import Store
 
 COLUMNS = ("query", "target")
 MAX_EXTENTS = 100_000  # rows of an index that lengths are taken from: our choice
 MAX_KEPT = 5  # bad examples that are kept of a split: our choice
-POOL_BATCHES = 50  # as `datamodules.training.TrainingData` has it when nothing else is said
 MISSING = "missing"
 
 
@@ -127,23 +127,19 @@ def spreads(split: Split) -> dict[tuple[str, str], Spread]:
 
 
 def padding(split: Split, batch_size: int) -> tuple[float, float] | None:
-    """Share of a batch's places for text that are padding: in random batches, and in those that training deals by length.
+    """Share of a batch's places for text that are padding: with whole batches, and in the encoder's passes.
 
-    Lengths are the text's bytes. None where there is no text, or no whole batch.
+    Lengths are the texts' bytes, as tokens. None where there is no text, or no whole batch.
     """
     extents = split.extents(evenly(len(split), MAX_EXTENTS))
-    lengths = np.stack([extents[column]["text"] for column in COLUMNS], axis=1).astype(np.int64)
-    random = generator(0, "padding")
-    num_batches = len(lengths) // batch_size
-    order = random.permutation(len(lengths))[: num_batches * batch_size]
-    total = int(lengths[order].sum())
-    if not total:
-        return None
-    pools = np.array_split(order.reshape(num_batches, batch_size), -(-num_batches // POOL_BATCHES))
-    dealt = np.concatenate(
-        [pool.ravel()[bucketed(lengths[pool.ravel()], batch_size, 0, random)] for pool in pools if len(pool)]
-    )
-    return 1 - total / padded(lengths[order], batch_size), 1 - total / padded(lengths[dealt], batch_size)
+    order = generator(0, "padding").permutation(len(extents["query"]))
+    batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+    tokens = whole = in_passes = 0
+    for column in COLUMNS:
+        for lengths in np.ceil(extents[column]["text"][batches] / BYTES_PER_TOKEN):
+            tokens, whole = tokens + lengths.sum(), whole + lengths.max() * batch_size
+            in_passes += sum(lengths[rows].max() * len(rows) for rows in passes_of(lengths, ProcessorConfig.pass_cost))
+    return (1 - tokens / whole, 1 - tokens / in_passes) if tokens else None
 
 
 @dataclass

@@ -7,7 +7,7 @@ ids, so that any tokenizer serves unchanged; the backbone fills them with learnt
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -152,33 +152,34 @@ class ComposedProcessor:
         Raises:
             ValueError: An item comes to no token at all (an empty text under a tokenizer without begin or end).
         """
-        rows, media, num_truncated = [], {kind: [] for kind in MEDIA_KINDS}, 0
-        for item in items:
-            ids, truncated = self._sequence(item, media)
-            num_truncated += truncated
-            if not ids:
-                raise ValueError("an item came to no token: its text is empty and the tokenizer adds no begin or end")
-            rows.append(ids)
-        longest = max(map(len, rows))
-        token_ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.int64)
-        mask = torch.zeros_like(token_ids)
-        for row, ids in enumerate(rows):
-            token_ids[row, : len(ids)] = torch.tensor(ids)
-            mask[row, : len(ids)] = 1
-        if any(media.values()):
-            return Inputs(token_ids, mask, {kind: torch.cat(views) for kind, views in media.items() if views}, num_truncated)
+        tokens = self._tokens([str(part.content) for item in items for part in item.parts if part.kind in TEXT_KINDS])
+        media = {kind: [] for kind in MEDIA_KINDS}
+        rows, truncated = zip(*(self._sequence(item, tokens, media) for item in items), strict=True)
         lengths = np.array([len(ids) for ids in rows])
+        if not lengths.all():
+            raise ValueError("an item came to no token: its text is empty and the tokenizer adds no begin or end")
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        token_ids = np.full(mask.shape, self.pad_id)
+        token_ids[mask] = np.concatenate(rows)
+        filled = Inputs(torch.from_numpy(token_ids), torch.from_numpy(mask.astype(np.int64)), num_truncated=sum(truncated))
+        if any(media.values()):
+            return dataclasses.replace(filled, media={kind: torch.cat(views) for kind, views in media.items() if views})
         passes = [(torch.from_numpy(part), int(lengths[part].max())) for part in passes_of(lengths, self.config.pass_cost)]
-        return Inputs(token_ids, mask, num_truncated=num_truncated, passes=tuple(passes))
+        return dataclasses.replace(filled, passes=tuple(passes))
 
-    def _sequence(self, item: Item, media: dict[str, list[Tensor]]) -> tuple[list[int], bool]:
-        """Token ids and places of one item; its views are appended to `media`."""
+    def _tokens(self, texts: list[str]) -> Iterator[list[int]]:
+        """Token ids of each text, without begin and end, all encoded in one call."""
+        if not texts:
+            return iter(())
+        return iter(self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def _sequence(self, item: Item, tokens: Iterator[list[int]], media: dict[str, list[Tensor]]) -> tuple[list[int], bool]:
+        """Token ids and places of one item, whose texts come next in `tokens`; its views are appended to `media`."""
         ids, room, truncated = list(self.first_ids), self.config.max_text_tokens, False
         for part in item.parts:
             assert part.content is not None, "decode items before processing them"
             if part.kind in TEXT_KINDS:
-                text_ids = self.tokenizer(part.content, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-                assert isinstance(text_ids, list)
+                text_ids = next(tokens)
                 truncated |= len(text_ids) > room
                 ids += text_ids[:room]
                 room -= min(room, len(text_ids))

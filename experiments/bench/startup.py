@@ -37,7 +37,7 @@ PARTS = {"hash_seconds": "_check_tables", "shards_seconds": "_check_shards", "ma
 
 
 def measure(root: Path, processor: Path, entries: list[int], batch_size: int, console: Console) -> list[dict[str, Any]]:
-    """A row for each number of examples and each order, length buckets on."""
+    """A row for each number of examples and each order."""
     rows = []
     for num_examples in entries:
         needed, free = 1.1 * num_examples * _bytes_per_example(), shutil.disk_usage(root).free
