@@ -1,12 +1,22 @@
 """Small things to test with: texts, sizes of a tiny encoder, pictures and sounds made on the spot."""
 
+import gc
 import io
 import struct
+import warnings
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 from PIL import Image
+from webdataset.compat import WebDataset
+
+from datamodules.sample import Example, media_item, text_item
+from datamodules.stream import Source
 
 TEXTS = ["a small red circle", "ein großer blauer Stern", "def f(x): return x + 1", "0123456789", "the cat sat on the mat"]
 TINY_TEXT = {
@@ -78,3 +88,32 @@ def pdf_file(*objects: bytes, trailer: bytes = b"") -> bytes:
 def stream_object(data: bytes, entries: bytes = b"") -> bytes:
     """A PDF's stream with these entries in its dictionary."""
     return b"<<%s/Length %d>>stream\n" % (entries, len(data)) + data + b"\nendstream"
+
+
+def pairs(number: int, *, text: str = "text") -> list[Example]:
+    """Examples k000, k001, ..: a text and a small picture, no two alike."""
+    pictures = (picture_bytes(width=6, height=4, seed=n) for n in range(number))
+    return [Example(f"k{n:03d}", text_item(f"{text} {n}"), media_item("image", p, "png")) for n, p in enumerate(pictures)]
+
+
+@dataclass(frozen=True)
+class Watched(Source):
+    """A source that writes into its split's `read.txt` which positions are read, in whatever process."""
+
+    def read(self, position: int) -> Example:
+        with Path(str(self.split.folder), "read.txt").open("a") as file:
+            file.write(f"{position}\n")
+        return super().read(position)
+
+
+def keys_of(task: str, step: int, examples: Sequence[Example], *, rows: Any, faults: tuple[Any, ...]) -> Any:
+    """Stands in for collating: what a batch was made for and of."""
+    return task, step, [example.key for example in examples], rows.tolist(), faults
+
+
+def read_by_webdataset(*tars: Path, **options: Any) -> list[dict[str, Any]]:
+    """What plain webdataset makes of some tars, in order; it leaves files open, which are closed here."""
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        samples = list(WebDataset([str(tar) for tar in tars], shardshuffle=False, **options))
+        gc.collect()
+    return samples
