@@ -37,6 +37,7 @@ from datamodules.processors.composed import ComposedProcessor
 from datamodules.processors.tokenizer import train_tokenizer
 from datamodules.recipes.pack import prepare
 from datamodules.shards import Split, write_split
+from datamodules.store import Store
 from datamodules.tasks import TaskSpec
 
 CONF = Path(__file__).parents[2] / "conf" / "tasks"
@@ -103,7 +104,9 @@ def indexing(works: dict[str, Work], rounds: int, folder: Path) -> list[dict[str
 
         def rate(num_workers: int, work: Work = work, times: int = times) -> float:
             start = time.perf_counter()
-            write_index(folder, work.shards * times, num_workers=num_workers)
+            write_index(
+                folder, Store(work.shards[0].parent), [path.name for path in work.shards] * times, num_workers=num_workers
+            )
             return len(work.split) * times / (time.perf_counter() - start)
 
         rates = alternate({str(n): lambda n=n: rate(n) for n in (1, 2)}, rounds, f"indexing {modality}")
