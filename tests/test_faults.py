@@ -130,7 +130,7 @@ def test_the_picture_of_one_shard_never_meets_the_text_of_another(tmp_path):
     a = foreign(tmp_path / "a.tar", *whole)
     b = foreign(tmp_path / "b.tar", ("k2.txt", b"txt 2 of b"), ("k7.png", b"png 7 of b"), ("k7.txt", b"txt 7 of b"))
     columns = Columns(query=("txt",), target=("png",))
-    found = write_index(tmp_path / "s", [a, b], columns=columns, shards_at=str(tmp_path))
+    found = write_index(tmp_path / "s", Store(tmp_path), [a.name, b.name], columns=columns, at=Store(tmp_path))
     assert [line[2] for line in found["malformed"]] == ["k2"]
     split, before = Split(tmp_path / "s"), len(a.read_bytes())
     edited(a, lambda data: data.__delitem__(slice(data.index(b"txt 2 of a") + 4, None)))

@@ -21,6 +21,7 @@ from datamodules.plan import Plan, PlannedTask
 from datamodules.record import Columns, to_record
 from datamodules.sample import BadExampleError, Example, Item, Part, media_item, text_item
 from datamodules.shards import Split, write_split
+from datamodules.store import Store
 from datamodules.stream import Source, StepStream
 
 OURS = [
@@ -78,7 +79,8 @@ def pairs_of_theirs() -> list[dict[str, Any]]:
 
 
 def indexed(folder: Path, tars: Sequence[Path], columns: Columns) -> Split:
-    write_index(folder, tars, columns=columns, shards_at=str(tars[0].parent))
+    store = Store(tars[0].parent)
+    write_index(folder, store, [tar.name for tar in tars], columns=columns, at=store)
     return Split(folder)
 
 
@@ -174,7 +176,7 @@ def test_a_sample_that_lacks_a_field_is_listed_and_replaced(tmp_path):
         for number, sample in enumerate(pairs_of_theirs()):
             writer.write({name: value for name, value in sample.items() if (name, number) != ("txt", 3)})
     columns = Columns(query=("txt",), target=("jpg",))
-    found = write_index(tmp_path / "index", [tmp_path / "a.tar"], columns=columns, shards_at=str(tmp_path))
+    found = write_index(tmp_path / "index", Store(tmp_path), ["a.tar"], columns=columns, at=Store(tmp_path))
     assert found["malformed"] == [[3, "a.tar", "set/n03/Ähre 3", "it has no file 'txt'; it has jpg"]]
     split = Split(tmp_path / "index")
     with pytest.raises(BadExampleError, match=r"a\.tar: example 'set/n03/Ähre 3' is malformed: it has no file 'txt'") as caught:
