@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import logging
-import multiprocessing
 import os
 import re
 import signal
@@ -225,9 +224,6 @@ def run(arguments: list[str]) -> int | str:
         if os.environ.get("TRACEBACK"):
             raise
         return f"error: {clear_message(error)}\n(TRACEBACK=1 in the environment shows where)"
-    finally:
-        for child in multiprocessing.active_children():  # a process stuck in a decoder would be waited for
-            child.kill()
     return 0
 
 

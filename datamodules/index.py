@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from datamodules.tar import TarReader
 
 FORMAT = "polyphony-shards/2"
 MEMBER = np.dtype([("field", "<u2"), ("offset", "<i8"), ("size", "<i8"), ("crc32", "<u4")])
+MAX_FIELDS = 1000  # our choice
 TABLES = ("examples.npy", "members.npy")
 
 
@@ -76,6 +78,10 @@ def index_tar(path: Path, columns: Columns | None = None) -> ShardIndex:
     wanted = None if columns is None else columns.fields
     reader = TarReader(path)
     for key, files in _samples(reader):
+        if len(fields) > MAX_FIELDS:
+            raise ValueError(
+                f"{path}: it has more than {MAX_FIELDS} different fields; a key ends at the first dot of a file's name"
+            )
         if wanted is not None:
             files = {name: found for name, found in files.items() if name in wanted}
         for name, (offset, data) in files.items():
@@ -181,8 +187,9 @@ def _index_piece(work: tuple[Store, str, Path, Columns | None]) -> None:
     store, name, piece, columns = work
     changed = Path(store.root, name).stat().st_mtime_ns if store.is_local else None
     stamp = json.dumps([store.root, name, store.size(name), changed, columns and dataclasses.asdict(columns)])
-    if piece.exists() and _read_piece(piece)[0] == stamp:
-        return
+    with suppress(Exception):  # whatever is wrong with it, it is made again
+        if _read_piece(piece)[0] == stamp:
+            return
     if store.is_local:
         found = index_tar(Path(store.root, name), columns)
     else:

@@ -1,6 +1,8 @@
 """A DataLoader over a data set that yields whole batches, whose processes neither hang nor outlive the run."""
 
+import atexit
 import ctypes
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -48,6 +50,15 @@ class BatchLoader(DataLoader[Any]):
                     "An example may be to blame (conf=verify finds it), or memory (take fewer data.num_workers)"
                 ) from error
             yield batch
+
+
+def kill_workers() -> None:
+    """End the processes that this one began, which hear no SIGTERM; those left at the program's end would be waited for."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+atexit.register(kill_workers)
 
 
 def die_with_parent() -> None:

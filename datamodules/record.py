@@ -123,18 +123,18 @@ def from_record(key: str, files: Mapping[str, bytes], columns: Columns | None = 
     record = _checked(parse_json(_file(files, "json")), dict, "the record")
     unknown = record.keys() - {"query", "target", "negatives", "label", "score", "relevant", "meta"}
     if unknown:
-        raise ValueError(f"the record has the unknown field {min(unknown)!r}")
+        raise ValueError(f"the record has the unknown field {min(unknown)[:99]!r}")
     negatives = _checked(record.get("negatives", []), list, "negatives")
     relevant = _optional(record, "relevant", dict)
-    if relevant is not None and not all(_is_number(grade) for grade in relevant.values()):
-        raise ValueError("a grade in `relevant` is no number")
+    if relevant is not None:
+        relevant = {key: _number(grade, "a grade in `relevant`") for key, grade in relevant.items()}
     return Example(
         key,
         _item(record["query"], files) if "query" in record else None,
         _item(record["target"], files) if "target" in record else None,
         tuple(_item(negative, files) for negative in negatives),
         _optional(record, "label", str),
-        _optional(record, "score", (int, float)),
+        None if record.get("score") is None else _number(record["score"], "`score`"),
         relevant,
         _optional(record, "meta", dict),
     )
@@ -149,7 +149,13 @@ def parse_json(data: bytes, max_bytes: int = MAX_JSON_BYTES) -> Any:
     if len(data) > max_bytes:
         raise ValueError(f"a JSON file of {len(data)} bytes is larger than {max_bytes}")
     try:
-        return DECODER.decode(data.decode("utf-8"))
+        text = data.decode("utf-8")
+        value = DECODER.decode(text)
+        if "\\ud" in text or "\\uD" in text:  # half a pair of surrogates is no character
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UnicodeEncodeError:
+        raise ValueError("a JSON file holds half a surrogate pair, which UTF-8 does not have") from None
     except RecursionError:
         raise ValueError("a JSON file is nested too deeply") from None
 
@@ -209,13 +215,13 @@ def _from_columns(key: str, files: Mapping[str, bytes], columns: Columns) -> Exa
         item(columns.target),
         () if negative is None else (negative,),
         None if columns.label is None else text(columns.label),
-        None if columns.score is None else float(text(columns.score)),
+        None if columns.score is None else _number(float(text(columns.score)), f"{columns.score!r}"),
     )
 
 
 def _file(files: Mapping[str, bytes], field: str) -> bytes:
     if field not in files:
-        raise ValueError(f"it has no file {field!r}; it has {', '.join(sorted(files)) or 'none'}")
+        raise ValueError(f"it has no file {field[:99]!r}; it has {', '.join(sorted(files)[:9]) or 'none'}")
     return files[field]
 
 
@@ -229,5 +235,8 @@ def _checked(value: Any, wanted: type | tuple[type, ...], what: str) -> Any:
     return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: Any, what: str) -> float:
+    _checked(value, (int, float), what)
+    if not abs(value) < 1e300:  # also what is no number, or has thousands of digits
+        raise ValueError(f"{what} is no number that can be used")
+    return float(value)

@@ -25,6 +25,7 @@ from datamodules.index import FORMAT, MEMBER, TABLES, crc32_of, example_dtype, w
 from datamodules.record import Columns, from_record, parse_json, to_record
 from datamodules.sample import BadExampleError, Example
 from datamodules.store import Store
+from datamodules.tar import MAX_MEMBER_BYTES
 
 MAX_MANIFEST_BYTES = 2**28
 MAX_OPEN_FILES = 64
@@ -168,9 +169,11 @@ class Split:
         row = int(self._row(position))
         first = int(self._examples["end"][row - 1]) if row else 0
         name, end, *_ = self._examples[row]
-        key, shard, files = name.decode("utf-8"), self._shard_of(row), {}
+        key, shard, files = name.decode("utf-8", "replace"), self._shard_of(row), {}
         descriptor = self._descriptor(shard)
         for number, offset, size, crc32 in self._members[first:end].tolist():
+            if number >= len(self.manifest["fields"]) or offset < 0 or not 0 <= size <= MAX_MEMBER_BYTES:
+                raise ValueError(f"{self.folder}: the index of example {key!r} is damaged; write or index the split again")
             field = self.manifest["fields"][number]
             data = os.pread(descriptor, size, offset)
             if crc32_of(key, field, data) != crc32:
@@ -211,11 +214,9 @@ class Split:
             examples, members = (np.load(path, mmap_mode="r", allow_pickle=False) for path in tables)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"the tables of {self.folder} cannot be read ({error}); index it again") from error
-        if (
-            examples.dtype.names is None
-            or examples.dtype != example_dtype(examples.dtype[0].itemsize)
-            or members.dtype != MEMBER
-        ):
+        key = examples.dtype["key"] if "key" in (examples.dtype.names or ()) else examples.dtype
+        are_ours = examples.dtype == example_dtype(key.itemsize) and members.dtype == MEMBER
+        if not are_ours or (examples.ndim, members.ndim) != (1, 1):
             raise ValueError(f"the tables of {self.folder} have other columns than this version reads; index it again")
         self._examples, self._members = examples, members
 
@@ -274,8 +275,12 @@ def _read_manifest(folder: Store) -> dict[str, Any]:
         whole = all(type(file["bytes"]) is int and type(file["sha256"]) is str for file in files)
         whole &= all(type(shard["num_examples"]) is int and type(shard["name"]) is str for shard in manifest["shards"])
         whole &= all(type(name) is str for name in manifest["fields"]) and isinstance(manifest["about"], dict)
-        whole &= isinstance(manifest["columns"], dict | NoneType) and isinstance(manifest["shards_at"], str | NoneType)
-    except (KeyError, TypeError):
+        whole &= isinstance(manifest["fields"], list) and isinstance(manifest["shards_at"], str | NoneType)
+        whole &= min((number for file in files for number in (file["bytes"], file.get("num_examples", 0))), default=0) >= 0
+        whole &= manifest["num_examples"] == sum(shard["num_examples"] for shard in manifest["shards"]) < 2**62
+        if manifest["columns"] is not None:
+            columns_from_json(manifest["columns"])
+    except (AttributeError, KeyError, TypeError, ValueError):
         whole = False
     if not whole:
         raise ValueError(f"{where} is damaged (a field is missing or of another type); write the split again")
@@ -317,7 +322,9 @@ def quarantined(folder: Store, manifest: Mapping[str, Any]) -> list[dict[str, An
     where = f"{folder}/{QUARANTINE}"
     try:
         listed = parse_json(folder.read_bytes(QUARANTINE, MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES)
-        examples = [{**example, "row": int(example["row"])} for example in listed["examples"]]
+        examples = [{**example} for example in listed["examples"]]
+        if not all(type(example["row"]) is int for example in examples):
+            raise TypeError("a row is no whole number")
         made_for, version = listed["index"], listed["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where} is damaged ({error!r}); delete it and run conf=verify again") from error

@@ -90,20 +90,20 @@ class TarReader:
 
     def _path_in(self, records: bytes) -> bytes | None:
         """The path that a pax header's records (`<length> <name>=<value>\\n`) give, or None."""
-        path = None
-        while records:
-            digits, space, _ = records.partition(b" ")
-            length = int(digits) if space and digits.isdigit() and len(digits) < 8 else 0
-            record = records[len(digits) + 1 : length]
+        path, at = None, 0
+        while at < len(records):
+            digits = records[at : at + 8].partition(b" ")[0]
+            length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
+            record = records[at + len(digits) + 1 : at + length]
             name, equals, value = record.removesuffix(b"\n").partition(b"=")
-            if not len(digits) + 3 < length <= len(records) or not equals or not record.endswith(b"\n"):
+            if not len(digits) + 3 < length <= len(records) - at or not equals or not record.endswith(b"\n"):
                 raise self._wrong("a pax header is malformed")
             key = name.decode("utf-8", "replace")
             if key == "path":
                 path = value
             elif key not in HARMLESS_PAX and not key.startswith(HARMLESS_PAX_VENDORS):
                 raise self._wrong(f"a pax header sets {key!r}; only a path is read from it")
-            records = records[length:]
+            at += length
         return path
 
     def _checked(self, name: bytes) -> str:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,7 @@ MAGIC = b"POLYPHONY-SHA256"
 NAME = re.compile(r"step=(\d+)\.ckpt")
 PARTIAL = re.compile(r"\.step=\d+\.ckpt\.\d+\.partial")
 FOLDER = "checkpoints"
+CLOCK_STEPS = 20  # ranks ask the first one's clock so often: asking waits for all of them
 
 
 class Checkpoints(Checkpoint):
@@ -96,7 +98,9 @@ class Checkpoints(Checkpoint):
         if self.every_minutes is None:
             return False
         is_up = time.monotonic() - self._last_time > 60 * self.every_minutes
-        return bool(trainer.strategy.broadcast(is_up)) if trainer.world_size > 1 else is_up
+        if trainer.world_size == 1 or trainer.global_step % CLOCK_STEPS:
+            return is_up and trainer.world_size == 1
+        return bool(trainer.strategy.broadcast(is_up))
 
 
 def folder_of(trainer: L.Trainer) -> Path:
@@ -203,12 +207,22 @@ class VerifiedCheckpointIO(CheckpointIO):
         if wrong is not None:
             raise ValueError(f"the checkpoint {path} cannot be used: {wrong}; ckpt_path=newest takes the newest that is whole")
         try:
+            _require_stored(path)
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"the checkpoint {path} cannot be read: {error}") from error
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def _require_stored(path: Path) -> None:
+    """Refuse a zip whose files are compressed, which torch never writes: it could unfold to anything."""
+    with zipfile.ZipFile(path) as archive:
+        if any(
+            entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in archive.infolist()
+        ):
+            raise ValueError("it holds compressed files")
 
 
 def _require_room(path: Path, checkpoint: dict[str, Any]) -> None:
