@@ -33,6 +33,7 @@ from samples import Watched, keys_of, pairs, read_by_webdataset
 from webdataset.handlers import ignore_and_continue
 
 from datamodules.cache import Cache
+from datamodules.files import sha256_of
 from datamodules.index import index_tar, write_index
 from datamodules.loader import loader_of
 from datamodules.media.limits import DecodeLimits
@@ -89,7 +90,7 @@ def bad_in(split: Split, examples: list[Example]) -> dict[str, str]:
     assert [found[n] for n, example in enumerate(examples) if example.key not in bad] == [
         example for example in examples if example.key not in bad
     ]
-    assert all(FIRST in str(error) and key in str(error) for key, error in bad.items())
+    assert all(f"{FIRST}: {split.key(int(key[1:]))}." in str(error) for key, error in bad.items())
     return {key: error.cause for key, error in bad.items()}
 
 
@@ -493,6 +494,15 @@ def test_a_shard_changed_while_it_is_read_costs_the_changed_examples_alone(tmp_p
     assert bad_in(split, pairs(12)) == bad
 
 
+def test_an_index_that_points_to_another_examples_bytes_is_found_out(tmp_path):
+    """Its hash is right, as if it had been written so; every file lies whole where it says."""
+    write_split(tmp_path / "s", pairs(12))
+    with_table("examples.npy", lambda t: t["key"].__setitem__([4, 5], t["key"][[5, 4]].copy()))(tmp_path / "s")
+    about = {"bytes": (tmp_path / "s" / "examples.npy").stat().st_size, "sha256": sha256_of(tmp_path / "s" / "examples.npy")}
+    with_manifest(tables=lambda tables: {**tables, "examples.npy": about})(tmp_path / "s")
+    assert bad_in(Split(tmp_path / "s"), pairs(12)) == dict.fromkeys(("k004", "k005"), "damaged bytes")
+
+
 def test_a_damaged_example_is_replaced_and_told_by_the_stream(tmp_path):
     write_split(tmp_path / "s", pairs(12))
     flipped(b'"text 3"', after=3)(tmp_path / "s")
@@ -545,14 +555,13 @@ import os, sys, time
 from torch.utils.data import IterableDataset
 from datamodules.loader import loader_of
 
-class Endless(IterableDataset):
+class Stuck(IterableDataset):
     def __iter__(self):
-        while True:
-            yield os.getpid()
-            time.sleep(0.01)
+        yield os.getpid()
+        time.sleep(100)  # stuck in an example: it sees nothing of what happens around it
 
 if __name__ == "__main__":
-    batches = iter(loader_of(Endless(), 2, start_method=sys.argv[1]))
+    batches = iter(loader_of(Stuck(), 2, start_method=sys.argv[1]))
     print(next(batches), next(batches), flush=True)
     time.sleep(100)
 """
