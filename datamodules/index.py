@@ -78,14 +78,14 @@ def index_tar(path: Path, columns: Columns | None = None) -> ShardIndex:
     wanted = None if columns is None else columns.fields
     reader = TarReader(path)
     for key, files in _samples(reader):
-        if len(fields) > MAX_FIELDS:
-            raise ValueError(
-                f"{path}: it has more than {MAX_FIELDS} different fields; a key ends at the first dot of a file's name"
-            )
         if wanted is not None:
             files = {name: found for name, found in files.items() if name in wanted}
         for name, (offset, data) in files.items():
             members.append((fields.setdefault(name, len(fields)), offset, len(data), crc32_of(key, name, data)))
+        if len(fields) > MAX_FIELDS:
+            raise ValueError(
+                f"{path}: it has more than {MAX_FIELDS} different fields; a key ends at the first dot of a file's name"
+            )
         query = target = None
         try:
             example = from_record(key, {name: data for name, (_, data) in files.items()}, columns)
@@ -205,7 +205,7 @@ def _index_piece(work: tuple[Store, str, Path, Columns | None]) -> None:
 
 
 def _read_piece(piece: Path) -> tuple[str, ShardIndex]:
-    with np.load(piece, allow_pickle=False) as arrays:
+    with piece.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         described = json.loads(arrays["described"].tobytes())
         described["malformed"] = {int(row): why for row, why in described["malformed"].items()}
         return arrays["stamp"].tobytes().decode(), ShardIndex(arrays["examples"], arrays["members"], **described)

@@ -2,8 +2,12 @@
 
 import atexit
 import ctypes
+import functools
 import multiprocessing
+import os
+import select
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +27,7 @@ def loader_of(dataset: Any, num_workers: int, *, start_method: str = "fork", max
         batch_size=None,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_begin,
+        worker_init_fn=functools.partial(_begin, os.getpid()),
         **workers,
     )
 
@@ -43,10 +47,10 @@ class BatchLoader(DataLoader[Any]):
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "DataLoader" not in str(error):
+                if not str(error).startswith("DataLoader "):
                     raise
                 raise ValueError(
-                    f"a process that reads data hangs or died: {str(error).splitlines()[0]} "
+                    f"a process that reads data hangs or died: {str(error).splitlines()[0].rstrip('.')}. "
                     "An example may be to blame (conf=verify finds it), or memory (take fewer data.num_workers)"
                 ) from error
             yield batch
@@ -54,6 +58,7 @@ class BatchLoader(DataLoader[Any]):
 
 def kill_workers() -> None:
     """End the processes that this one began, which hear no SIGTERM; those left at the program's end would be waited for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for an accident
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -66,10 +71,20 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _begin(worker: int) -> None:
+def _die_with(process: int) -> None:
+    """Wait for a process to end, and end this one then."""
+    try:
+        select.select([os.pidfd_open(process)], [], [])
+    finally:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _begin(trainer: int, worker: int) -> None:
     """A worker's first act. A stop is the training process's to hear: the batch in hand is still wanted."""
     del worker
     die_with_parent()
+    if os.getppid() != trainer:  # a fork server's child, whose parent goes on
+        threading.Thread(target=_die_with, args=(trainer,), daemon=True).start()
     for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(stop, signal.SIG_IGN)
     torch.set_num_threads(1)

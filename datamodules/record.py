@@ -12,6 +12,7 @@ with absent fields left out. Of other tars, `Columns` says which fields make a q
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from datamodules.sample import KINDS, TEXT_KINDS, Example, Item, Part
@@ -160,11 +161,29 @@ def parse_json(data: bytes, max_bytes: int = MAX_JSON_BYTES) -> Any:
         raise ValueError("a JSON file is nested too deeply") from None
 
 
+def read_json(path: Path) -> Any:
+    """`parse_json` of a file, of which no more is read than is allowed.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is anything but strict JSON.
+    """
+    with path.open("rb") as file:
+        return parse_json(file.read(MAX_JSON_BYTES + 1))
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not abs(value) < float("inf"):
+        raise ValueError(f"a JSON file holds {text[:20]}, which is no number")
+    return value
+
+
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"a JSON file holds {name}, which is no number")
 
 
-DECODER = json.JSONDecoder(parse_constant=_no_constant)  # made once: making one takes longer than using it
+DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)  # made once: making one takes longer than using it
 
 
 def _item(value: Any, files: Mapping[str, bytes]) -> Item:

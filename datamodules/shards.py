@@ -122,7 +122,7 @@ class Split:
         if not len(self._row_ends) or self._row_ends[-1] != len(self._examples):
             raise ValueError(f"{self.folder}: the manifest's shards do not add up to its table of examples; index it again")
         self._check_shards()
-        rows = read_quarantine(self.folder, self.manifest) if quarantine else []
+        rows = read_quarantine(self.folder, self.manifest, self._examples["key"]) if quarantine else []
         self._left_out = np.array(rows, np.int64)
         self._before = self._left_out - np.arange(len(rows))  # how many positions lie before each row that is left out
         if len(self) < 1:
@@ -212,7 +212,7 @@ class Split:
         tables = [self.folder.fetch(name, **_expected(self.manifest["tables"][name])) for name in TABLES]
         try:
             examples, members = (np.load(path, mmap_mode="r", allow_pickle=False) for path in tables)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # a header may be anything
             raise ValueError(f"the tables of {self.folder} cannot be read ({error}); index it again") from error
         key = examples.dtype["key"] if "key" in (examples.dtype.names or ()) else examples.dtype
         are_ours = examples.dtype == example_dtype(key.itemsize) and members.dtype == MEMBER
@@ -302,13 +302,17 @@ def columns_from_json(values: Mapping[str, Any]) -> Columns:
     return Columns(**plain)
 
 
-def read_quarantine(folder: Store, manifest: Mapping[str, Any]) -> list[int]:
-    """Rows of a split that are left out, ascending.
+def read_quarantine(folder: Store, manifest: Mapping[str, Any], keys: np.ndarray) -> list[int]:
+    """Rows of a split that are left out, ascending; `keys` are those of all rows.
 
     Raises:
         ValueError: The list is damaged or was made for other shards.
     """
-    return sorted({example["row"] for example in quarantined(folder, manifest)})
+    listed = quarantined(folder, manifest)
+    for example in listed:
+        if keys[example["row"]] != str(example.get("key")).encode():
+            raise ValueError(f"{folder}/{QUARANTINE} is damaged (row {example['row']} has another key); run conf=verify again")
+    return sorted({example["row"] for example in listed})
 
 
 def quarantined(folder: Store, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

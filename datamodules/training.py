@@ -141,7 +141,9 @@ class TrainingData(L.LightningDataModule):
             self.processor = ComposedProcessor.load(Path(self.init_from))
         else:
             named = self.processor_config.tokenizer or self._tokenizer_folder()
-            self.processor = ComposedProcessor(self.processor_config, AutoTokenizer.from_pretrained(named))
+            self.processor = ComposedProcessor(
+                self.processor_config, AutoTokenizer.from_pretrained(named, trust_remote_code=False)
+            )
         self.plan = self._make_plan(self.processor)
 
     def train_dataloader(self) -> DataLoader[Batch]:

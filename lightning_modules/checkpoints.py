@@ -208,9 +208,15 @@ class VerifiedCheckpointIO(CheckpointIO):
             raise ValueError(f"the checkpoint {path} cannot be used: {wrong}; ckpt_path=newest takes the newest that is whole")
         try:
             _require_stored(path)
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"the checkpoint {path} cannot be read: {error}") from error
+            found = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except Exception as error:  # torch's own text would advise to unpickle it
+            reason = str(error) if isinstance(error, ValueError | zipfile.BadZipFile) else type(error).__name__
+            raise ValueError(
+                f"the checkpoint {path} cannot be read: it holds more than weights and numbers ({reason})"
+            ) from error
+        if not isinstance(found, dict):
+            raise ValueError(f"the checkpoint {path} cannot be read: it holds {type(found).__name__} where a mapping must be")
+        return found
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 Each begins with what plain webdataset 1.0.2 or Lightning 2.6.6 does there, where that is worse.
 """
 
+import hashlib
 import io
 import json
 import multiprocessing
@@ -392,6 +393,12 @@ def of_other_shards(folder: Path) -> None:
         (folder.with_name("other") / table).replace(folder / table)
 
 
+def _without(folder: Path, name: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest[name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 REFUSED: dict[str, tuple[Change, str]] = {
     "shard truncated": (halved, r"000000.tar has \d+ bytes, its manifest says"),
     "shard longer": (lambda f: edited(f / FIRST, lambda d: d.extend(bytes(512))), "bytes, its manifest says"),
@@ -409,8 +416,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "manifest UTF-16": (lambda f: (f / "manifest.json").write_bytes("{}".encode("utf-16")), "is damaged"),
     "other format": (with_manifest(format="polyphony-shards/9"), "has format 'polyphony-shards/9', this version reads"),
     "shards a number": (with_manifest(shards=3), "a field is missing or of another type"),
-    "shards empty": (with_manifest(shards=[]), "do not add up"),
-    "a shard twice": (with_manifest(shards=lambda s: s * 2), "do not add up"),
+    "shards empty": (with_manifest(shards=[]), "manifest.json is damaged"),
+    "a shard twice": (with_manifest(shards=lambda s: s * 2), "manifest.json is damaged"),
     "tables a list": (with_manifest(tables=[]), "a field is missing or of another type"),
     "other hash": (
         with_manifest(tables=lambda t: {**t, "members.npy": {**t["members.npy"], "sha256": "0" * 64}}),
@@ -418,20 +425,39 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "no hash": (with_manifest(tables=lambda t: {**t, "members.npy": {**t["members.npy"], "sha256": "x"}}), "is no SHA-256"),
     "columns a list": (with_manifest(columns=[]), "a field is missing or of another type"),
-    "columns of nothing": (with_manifest(columns={}), "give query or target"),
-    "no example": (with_manifest(num_examples=0), "is empty"),
+    "columns of nothing": (with_manifest(columns={}), "manifest.json is damaged"),
+    "no example": (with_manifest(num_examples=0), "manifest.json is damaged"),
     "counts of text": (with_shard(num_examples="12"), "a field is missing or of another type"),
     "counts of truth": (with_shard(num_examples=True), "a field is missing or of another type"),
-    "a count too much": (with_shard(num_examples=13), "do not add up"),
-    "a huge count": (with_shard(num_examples=2**62), "do not add up"),
+    "a count too much": (with_shard(num_examples=13), "manifest.json is damaged"),
+    "a huge count": (with_shard(num_examples=2**62), "manifest.json is damaged"),
     "huge bytes": (with_shard(bytes=10**30), "bytes, its manifest says"),
-    "bytes below 0": (with_shard(bytes=-1), "bytes, its manifest says"),
+    "bytes below 0": (with_shard(bytes=-1), "manifest.json is damaged"),
     "shards outside": (with_shard(name="../s/000000.tar"), "cannot name a file below"),
     "shards at the root": (with_shard(name="/etc/passwd"), "cannot name a file below"),
     "a command for a shard": (with_shard(name="pipe:cat x |"), "cannot name a file below"),
-    "a name that is no text": (with_shard(name="\ud800"), "cannot name a file below"),
+    "a name that is no text": (with_shard(name="\ud800"), "manifest.json is damaged"),
     "shards of a command": (with_manifest(shards_at="pipe:cat /etc/passwd"), "the root"),
     "shards with a password": (with_manifest(shards_at="https://user:secret@host/x"), "the root"),
+    "no count of examples": (lambda f: _without(f, "num_examples"), "a field is missing or of another type"),
+    "a total that is wrong": (with_manifest(num_examples=13), "damaged|do not add up"),
+    "a total of text": (with_manifest(num_examples="12"), "damaged|do not add up"),
+    "10^30 examples": (with_shard(num_examples=10**30), "damaged|do not add up"),
+    "a count below 0": (
+        with_manifest(shards=lambda s: [{**s[0], "num_examples": -5}, {**s[0], "num_examples": 17}]),
+        "damaged",
+    ),
+    "fields of one text": (with_manifest(fields="json"), "damaged"),
+    "unknown columns": (with_manifest(columns={"smell": ["txt"]}), "damaged"),
+    "columns of numbers": (with_manifest(columns={"query": 5}), "damaged"),
+    "columns of lists of numbers": (with_manifest(columns={"query": [5]}), "damaged"),
+    "row of another key": (with_quarantine(examples=[{"row": 7, "key": "k001"}]), "quarantine.json"),
+    "row of a fraction": (with_quarantine(examples=[{"row": 1.7, "key": "k001"}]), "quarantine.json is damaged"),
+    "row of truth": (with_quarantine(examples=[{"row": True, "key": "k001"}]), "quarantine.json is damaged"),
+    "infinite row": (
+        with_quarantine('{"format": "", "index": "", "examples": [{"row": 1e999}]}'),
+        "quarantine.json is damaged",
+    ),
     "quarantine empty": (with_quarantine(""), "quarantine.json is damaged"),
     "quarantine a list": (with_quarantine("[]"), "quarantine.json is damaged"),
     "quarantine cut off": (with_quarantine('{"format": "polyphony'), "quarantine.json is damaged"),
@@ -550,6 +576,71 @@ def test_a_worker_that_hangs_or_is_killed_ends_the_run_with_a_sentence(tmp_path,
     del batches, caught
 
 
+def raises(*_: Any) -> None:
+    raise RuntimeError("stack expects each tensor to be equal size")
+
+
+def test_an_error_in_a_worker_is_told_as_what_it_is(tmp_path, monkeypatch):
+    write_split(tmp_path / "s", pairs(12))
+    monkeypatch.setattr(Split, "read", raises)
+    batches = iter(loader_of(stream_of(Split(tmp_path / "s")), 1, max_wait_seconds=10))
+    with pytest.raises(Exception, match="stack expects each tensor") as caught:
+        next(batches)
+    assert "hangs or died" not in str(caught.value)
+    del batches, caught
+
+
+EXITS = """
+import os
+from torch.utils.data import IterableDataset
+from datamodules.loader import loader_of
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield os.getpid()
+
+batches = iter(loader_of(Endless(), 1))
+next(batches)
+"""
+
+
+def test_a_program_ends_though_it_holds_a_loader(tmp_path):
+    (tmp_path / "exits.py").write_text(EXITS)
+    subprocess.run(
+        [sys.executable, str(tmp_path / "exits.py")], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=30
+    )
+
+
+@pytest.mark.parametrize("left", [b"", b"PK\3\4xx"])
+def test_a_half_written_piece_of_an_index_is_made_again(tmp_path, left):
+    write_split(tmp_path / "a", pairs(3))
+    (tmp_path / "s" / ".indexing").mkdir(parents=True)
+    (tmp_path / "s" / ".indexing" / "00000000.npz").write_bytes(left)
+    write_index(tmp_path / "s", Store(tmp_path / "a"), [FIRST], at=Store(tmp_path / "a"))
+    assert len(Split(tmp_path / "s")) == 3
+
+
+def test_one_surrogate_does_not_refuse_a_whole_shard(tmp_path):
+    text = b'{"query": {"parts": [{"kind": "text", "text": "\\ud800"}]}}'
+    foreign(tmp_path / "a.tar", ("a.json", text), ("b.json", text.replace(b"\\ud800", b"ok")))
+    assert [line[0] for line in write_index(tmp_path / "s", Store(tmp_path), ["a.tar"], at=Store(tmp_path))["malformed"]] == [0]
+
+
+def test_seventy_thousand_fields_are_refused(tmp_path):
+    foreign(tmp_path / "a.tar", *((f"frame.{n:06d}.jpg", b"") for n in range(66_000)))
+    with pytest.raises(ValueError, match="fields"):
+        index_tar(tmp_path / "a.tar")
+
+
+def test_pax_headers_cost_time_in_proportion(tmp_path):
+    header = member(b"p", b"7 uid=\n" * 9362, b"x")
+    (tmp_path / "a.tar").write_bytes(b"".join(header + member(b"%d.txt" % n, b"") for n in range(40)) + END)
+    began = time.process_time()
+    index_tar(tmp_path / "a.tar")
+    assert time.process_time() - began < 0.5
+
+
 VICTIM = """
 import os, sys, time
 from torch.utils.data import IterableDataset
@@ -567,7 +658,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
 def test_no_worker_outlives_a_killed_run(tmp_path, start_method):
     (tmp_path / "victim.py").write_text(VICTIM)
     command = [sys.executable, str(tmp_path / "victim.py"), start_method]
@@ -741,6 +832,31 @@ def test_a_mutated_split_gives_its_own_examples_or_none(memory):
     assert counts["refused at the door"] >= 120
     assert counts["reads verified"] > 10_000
     assert counts["reads refused"] > 100
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "examples.npy", "members.npy"])
+def test_a_mutated_index_gives_its_own_examples_or_none(memory, name):
+    """The tables with their hashes made right: someone else may have written them."""
+    fuzz, chance, wrong = Fuzz(memory / "s", 30), random.Random(1), {}
+    manifest = fuzz.whole["manifest.json"]
+    for _ in range(300):
+        data = bytearray(fuzz.whole[name])
+        mutate(data, chance, same_size=False)
+        (fuzz.folder / name).write_bytes(data)
+        if name != "manifest.json":
+            values = json.loads(manifest)
+            values["tables"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            (fuzz.folder / "manifest.json").write_text(json.dumps(values))
+        try:
+            split = Split(fuzz.folder)
+            assert all(example in fuzz.examples for example in outcomes(split).values() if isinstance(example, Example))
+        except ValueError:
+            pass
+        except Exception as error:
+            wrong.setdefault(f"{type(error).__name__}: {error}"[:80], bytes(data))
+        (fuzz.folder / name).write_bytes(fuzz.whole[name])
+        (fuzz.folder / "manifest.json").write_bytes(manifest)
+    assert not list(wrong)
 
 
 @FULL

@@ -22,6 +22,7 @@ from transformers.audio_utils import mel_filter_bank
 from datamodules.media.audio import SAMPLE_RATE
 from datamodules.media.limits import DecodeLimits
 from datamodules.processors.passes import passes_of
+from datamodules.record import read_json
 from datamodules.sample import MEDIA_KINDS, TEXT_KINDS, Item
 
 BEGIN, SOFT, END = range(3)
@@ -240,11 +241,20 @@ class ComposedProcessor:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """The processor that `save` wrote."""
-        values = json.loads((folder / "processor.json").read_text())
-        values["decode"] = DecodeLimits(**values["decode"])
-        values["page_grid"] = tuple(values["page_grid"])
-        return cls(ProcessorConfig(**values), AutoTokenizer.from_pretrained(folder))
+        """The processor that `save` wrote.
+
+        Raises:
+            ValueError: None lies there, or it is damaged.
+        """
+        try:
+            values = read_json(folder / "processor.json")
+            values["decode"] = DecodeLimits(**values["decode"])
+            values["page_grid"] = tuple(values["page_grid"])
+            config = ProcessorConfig(**values)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return cls(config, tokenizer)
+        except Exception as error:  # the tokenizer's libraries raise types of their own
+            raise ValueError(f"the processor in {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
 def _resize(picture: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from datamodules.files import replace_folder, sha256_of
 from datamodules.processors.composed import ComposedProcessor
+from datamodules.record import read_json
 from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig
 from lightning_modules.encoder.towers import TowerConfig
@@ -75,7 +76,11 @@ def load_encoder(folder: str | Path) -> tuple[Embedder, ComposedProcessor]:
 
 def read_config(folder: str | Path) -> EncoderConfig:
     """The shape of the encoder in a folder."""
-    return config_from_json(_described(Path(folder))["config"])
+    values = _described(Path(folder))["config"]
+    try:
+        return config_from_json(values)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/encoder.json is damaged ({error}); use another copy of this checkpoint") from error
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:
@@ -92,8 +97,11 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{folder / WEIGHTS} is missing or was changed after it was written; use another copy of this checkpoint"
         )
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}); use another copy of this checkpoint") from error
 
 
 def load_weights(encoder: Embedder, weights: Mapping[str, Tensor], where: str) -> None:
@@ -140,8 +148,12 @@ def _described(folder: Path) -> dict[str, Any]:
             f"no encoder in {folder}: {file.name} is missing; name the folder that a run wrote, as runs/finetune/encoder"
         )
     try:
-        described = json.loads(file.read_text())
-    except ValueError as error:
+        described = read_json(file)
+        if not (isinstance(described["config"], dict) and isinstance(described["provenance"], dict)):
+            raise ValueError("its config or provenance is no mapping")
+        if not isinstance(described["sha256"], str):
+            raise ValueError("it has no hash")
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}); use another copy of this checkpoint") from error
     if described.get("format") != FORMAT:
         raise ValueError(f"{file} has format {described.get('format')!r}, this version reads {FORMAT!r}")

@@ -125,7 +125,7 @@ def _text_model(config: ComposedConfig, load_pretrained: bool) -> Any:
     Raises:
         ValueError: transformers does not know the family, a field of it, or cannot build what the fields say.
     """
-    arguments: dict[str, Any] = {"dtype": torch.float32}
+    arguments: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     if config.attention is not None:
         arguments["attn_implementation"] = config.attention
     text_config = _text_config(config)
@@ -144,7 +144,7 @@ def _text_model(config: ComposedConfig, load_pretrained: bool) -> Any:
 
 def _text_config(config: ComposedConfig) -> Any:
     if config.pretrained is not None:
-        return AutoConfig.from_pretrained(config.pretrained, revision=config.revision)
+        return AutoConfig.from_pretrained(config.pretrained, revision=config.revision, trust_remote_code=False)
     fields = dict(config.text or {})
     family = fields.pop("model_type", None)
     if family is None:
