@@ -54,6 +54,7 @@ def _draw_and_exit(data: bytes, limits: DecodeLimits, writer: int) -> NoReturn:
     """Write one line of JSON, the shapes of a PDF's pages or why there are none, then the pixels."""
     try:
         faulthandler.disable()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # PDFium's last words when memory ends
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, min(limits.max_seconds, MAX_PDF_SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
