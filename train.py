@@ -128,7 +128,7 @@ def fit(stage: type, config: dict[str, Any], wants_help: bool) -> None:
             """Take no configuration from a checkpoint: it would be unpickled, and could name what to import."""
 
     if config.get("ckpt_path") == "newest":
-        folder = Path(config["trainer"]["default_root_dir"]) / FOLDER
+        folder = Path(config.get("trainer", {}).get("default_root_dir") or ".") / FOLDER
         found = newest(folder)
         config["ckpt_path"] = None if found is None else str(found)
         print(f"going on from {found}" if found else f"no checkpoint in {folder}: starting anew", flush=True)

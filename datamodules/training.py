@@ -23,7 +23,7 @@ from datamodules.order import Order
 from datamodules.plan import Plan, PlannedTask
 from datamodules.processors.composed import ComposedProcessor, ProcessorConfig
 from datamodules.processors.tokenizer import train_tokenizer
-from datamodules.sample import Item
+from datamodules.sample import BadExampleError, Item
 from datamodules.shards import Split
 from datamodules.store import Store
 from datamodules.stream import Source, StepStream
@@ -237,7 +237,10 @@ class TrainingData(L.LightningDataModule):
         for name, split in self.splits.items():
             task = self.tasks[name]
             for position in range(0, len(split), max(1, len(split) // each)):
-                example = split.read(position)
+                try:
+                    example = split.read(position)
+                except BadExampleError:  # told and replaced when its step comes
+                    continue
                 for item, prompt in ((example.query, task.query_prompt), (example.target, task.target_prompt)):
                     if isinstance(item, Item):
                         yield from (str(p.data) for p in with_prompt(item, prompt).parts if isinstance(p.data, str))

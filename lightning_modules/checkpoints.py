@@ -50,10 +50,10 @@ class Checkpoints(Checkpoint):
             )
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.keep, self.keep_every_steps = keep, keep_every_steps
-        self._last_step, self._last_time = 0, time.monotonic()
+        self._seen_step, self._last_time = 0, time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._last_step, self._last_time = trainer.global_step, time.monotonic()
+        self._seen_step, self._last_time = trainer.global_step, time.monotonic()
         if not trainer.is_global_zero:
             return
         folder = folder_of(trainer)
@@ -67,8 +67,9 @@ class Checkpoints(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self._last_step:  # gradients are still being gathered
+        if step == self._seen_step:  # gradients are still being gathered; a checkpoint would lose them
             return
+        self._seen_step = step
         due = step % self.every_steps == 0 or step >= trainer.max_steps or trainer.should_stop or self._time_is_up(trainer)
         if due:
             self.save(trainer, pl_module)
@@ -88,7 +89,7 @@ class Checkpoints(Checkpoint):
                 )
         folder = folder_of(trainer)
         trainer.save_checkpoint(folder / f"step={trainer.global_step:08d}.ckpt", weights_only=False)
-        self._last_step, self._last_time = trainer.global_step, time.monotonic()
+        self._last_time = time.monotonic()
         if trainer.is_global_zero:
             for path in in_order(folder)[self.keep :]:
                 if self.keep_every_steps is None or step_of(path) % self.keep_every_steps:

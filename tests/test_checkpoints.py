@@ -131,6 +131,19 @@ def test_the_clock_makes_a_checkpoint_due(tmp_path, monkeypatch):
     assert kept(tmp_path) == [3, 6, 9]
 
 
+def test_no_checkpoint_is_written_while_gradients_are_gathered(tmp_path, monkeypatch):
+    callback, module = Checkpoints(every_steps=1000, every_minutes=1.0), torch.nn.Linear(1, 1)
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    callback.on_train_start(trainer_at(tmp_path, 0), module)  # pyright: ignore[reportArgumentType]
+    callback.on_train_batch_end(trainer_at(tmp_path, 1), module, None, None, 0)  # pyright: ignore[reportArgumentType]
+    now = 100.0  # the clock makes one due in the middle of step 2
+    callback.on_train_batch_end(trainer_at(tmp_path, 1), module, None, None, 1)  # pyright: ignore[reportArgumentType]
+    assert not (tmp_path / "checkpoints").exists()
+    callback.on_train_batch_end(trainer_at(tmp_path, 2), module, None, None, 2)  # pyright: ignore[reportArgumentType]
+    assert kept(tmp_path) == [2]
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     module = torch.nn.Linear(1, 1)
     torch.nn.init.constant_(module.bias, float("inf"))

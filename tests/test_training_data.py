@@ -169,6 +169,16 @@ def test_bad_examples_are_counted_listed_and_a_storm_of_them_is_told(tmp_path):
     assert "does not decode" in lines[0]["message"]
 
 
+def test_a_damaged_example_does_not_keep_a_tokenizer_from_being_trained(tmp_path):
+    tasks = pictures(tmp_path, 0)
+    tar = tmp_path / "pictures" / "000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[data.index(b'"text": "x"')] ^= 1
+    tar.write_bytes(data)
+    seen = batches(data_of(tmp_path, tmp_path, tasks=tasks), 5)
+    assert [fault.cause for batch in seen for fault in batch.faults] == ["damaged bytes"]
+
+
 def test_a_hundred_bad_examples_in_a_row_stop_the_run(tmp_path):
     data = data_of(tmp_path, tmp_path, tasks=pictures(tmp_path, 8, 8))
     with pytest.raises(
