@@ -31,6 +31,24 @@ TINY_TEXT = {
 }
 TINY_VIT = {"embed_dim": 24, "depth": 1, "num_heads": 2, "class_token": False, "global_pool": ""}
 
+# Overrides of conf/quickstart/prefinetune that make a run of seconds.
+TINY = [
+    "data.num_workers=0",
+    "data.steps_per_block=14",
+    "data.processor.vocab_size=400",
+    *(f"data.tasks.world/{name}.batch_size=4" for name in ("text-image", "text-page", "text-audio", "text-video")),
+    *(f"data.tasks.world/{name}.batch_size=4" for name in ("text-code", "text-text", "mixed-image")),
+    "model.encoder.embedding_dim=16",
+    "model.encoder.prefixes=[4,16]",
+    "model.encoder.backbone.text.vocab_size=400",
+    "model.encoder.backbone.text.hidden_size=32",
+    "model.encoder.backbone.text.intermediate_size=48",
+    "model.encoder.backbone.text.num_hidden_layers=1",
+    "model.encoder.backbone.text.head_dim=8",
+    "model.encoder.backbone.towers.image.arguments={embed_dim:24,depth:1,num_heads:2,class_token:false,global_pool:''}",
+    "model.encoder.backbone.towers.spectrogram.arguments={embed_dim:24,depth:1,num_heads:2,class_token:false,global_pool:''}",
+]
+
 
 def picture_bytes(format: str = "PNG", *, width: int = 40, height: int = 30, seed: int = 0) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)

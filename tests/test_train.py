@@ -10,28 +10,13 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from samples import TINY
 
 import train
 from lightning_modules import configuration
 from lightning_modules.encoder.checkpoint import read_provenance, read_weights
 
 ROOT = Path(__file__).parent.parent
-TINY = [
-    "data.num_workers=0",
-    "data.steps_per_block=14",
-    "data.processor.vocab_size=400",
-    *(f"data.tasks.world/{name}.batch_size=4" for name in ("text-image", "text-page", "text-audio", "text-video")),
-    *(f"data.tasks.world/{name}.batch_size=4" for name in ("text-code", "text-text", "mixed-image")),
-    "model.encoder.embedding_dim=16",
-    "model.encoder.prefixes=[4,16]",
-    "model.encoder.backbone.text.vocab_size=400",
-    "model.encoder.backbone.text.hidden_size=32",
-    "model.encoder.backbone.text.intermediate_size=48",
-    "model.encoder.backbone.text.num_hidden_layers=1",
-    "model.encoder.backbone.text.head_dim=8",
-    "model.encoder.backbone.towers.image.arguments={embed_dim:24,depth:1,num_heads:2,class_token:false,global_pool:''}",
-    "model.encoder.backbone.towers.spectrogram.arguments={embed_dim:24,depth:1,num_heads:2,class_token:false,global_pool:''}",
-]
 
 
 def run(*arguments: str, ok: bool = True) -> str:

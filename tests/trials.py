@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from samples import TINY
+
 from lightning_modules.encoder.checkpoint import read_provenance
 
 ROOT = Path(__file__).parent.parent
@@ -19,20 +21,9 @@ SMALL = [
     "trainer.enable_progress_bar=false",
     "trainer.callbacks=[{class_path: lightning_modules.checkpoints.Checkpoints, init_args: {every_steps: 3}}]",
     "trainer.logger=false",
-    "data.steps_per_block=14",
-    "data.processor.vocab_size=400",
-    *(f"data.tasks.world/{name}.batch_size=4" for name in ("text-image", "text-page", "text-audio", "text-video")),
-    *(f"data.tasks.world/{name}.batch_size=4" for name in ("text-code", "text-text", "mixed-image")),
-    "model.encoder.embedding_dim=16",
-    "model.encoder.prefixes=[4,16]",
-    "model.encoder.backbone.text.vocab_size=400",
-    "model.encoder.backbone.text.hidden_size=32",
-    "model.encoder.backbone.text.intermediate_size=48",
-    "model.encoder.backbone.text.num_hidden_layers=1",
-    "model.encoder.backbone.text.head_dim=8",
+    *TINY,
+    "data.num_workers=1",
     "model.encoder.backbone.text.attention_dropout=0.1",  # what is drawn at random must be the same after a resume
-    "model.encoder.backbone.towers.image.arguments={embed_dim:24,depth:1,num_heads:2,class_token:false,global_pool:''}",
-    "model.encoder.backbone.towers.spectrogram.arguments={embed_dim:24,depth:1,num_heads:2,class_token:false,global_pool:''}",
 ]
 TWO_RANKS = ["trainer.devices=2", "trainer.strategy=ddp_find_unused_parameters_true", "trainer.accelerator=cpu"]
 
