@@ -275,7 +275,11 @@ def _read_manifest(folder: Store) -> dict[str, Any]:
         whole = all(type(file["bytes"]) is int and type(file["sha256"]) is str for file in files)
         whole &= all(type(shard["num_examples"]) is int and type(shard["name"]) is str for shard in manifest["shards"])
         whole &= all(type(name) is str for name in manifest["fields"]) and isinstance(manifest["about"], dict)
-        whole &= isinstance(manifest["fields"], list) and isinstance(manifest["shards_at"], str | NoneType)
+        whole &= (
+            isinstance(manifest["fields"], list)
+            and bool(manifest["fields"])
+            and isinstance(manifest["shards_at"], str | NoneType)
+        )
         whole &= min((number for file in files for number in (file["bytes"], file.get("num_examples", 0))), default=0) >= 0
         whole &= manifest["num_examples"] == sum(shard["num_examples"] for shard in manifest["shards"]) < 2**62
         if manifest["columns"] is not None:

@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
+BYTEARRAY = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")
 MAGIC = b"POLYPHONY-SHA256"
 NAME = re.compile(r"step=(\d+)\.ckpt")
 PARTIAL = re.compile(r"\.step=\d+\.ckpt\.\d+\.partial")
@@ -224,12 +225,14 @@ class VerifiedCheckpointIO(CheckpointIO):
 
 
 def _require_stored(path: Path) -> None:
-    """Refuse a zip whose files are compressed, which torch never writes: it could unfold to anything."""
+    """Refuse what torch never writes: compressed files, which could unfold to anything, and a call that takes any memory."""
     with zipfile.ZipFile(path) as archive:
-        if any(
-            entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in archive.infolist()
-        ):
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries):
             raise ValueError("it holds compressed files")
+        for entry in entries:
+            if entry.filename.endswith("data.pkl") and BYTEARRAY.search(archive.read(entry)):
+                raise ValueError("it makes a bytearray")
 
 
 def _require_room(path: Path, checkpoint: dict[str, Any]) -> None:

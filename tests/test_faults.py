@@ -447,6 +447,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         with_manifest(shards=lambda s: [{**s[0], "num_examples": -5}, {**s[0], "num_examples": 17}]),
         "damaged",
     ),
+    "no fields": (with_manifest(fields=[]), "manifest.json is damaged"),
     "fields of one text": (with_manifest(fields="json"), "damaged"),
     "unknown columns": (with_manifest(columns={"smell": ["txt"]}), "damaged"),
     "columns of numbers": (with_manifest(columns={"query": 5}), "damaged"),

@@ -89,6 +89,11 @@ RECORDS = {
     "NaN": record('{"score": NaN}', "holds NaN, which is no number"),
     "infinity": record('{"score": -Infinity}', "holds -Infinity, which is no number"),
     "an integer of 10^5 digits": record('{"score": ' + "9" * 10**5 + "}", "digits"),
+    "1e999": record('{"query": {"parts": [{"kind": "text", "text": "a"}]}, "score": 1e999}', "no number"),
+    "a surrogate": part("surrogate|UTF-8", kind="text", text="\ud800"),
+    "a score of 4000 digits": fields("score", score=10**4000),
+    "a field of 10 MB": fields("unknown field", **{"a" * 10**7: 1}),
+    "a file of 10 MB": part("has no file", kind="image", file="a" * 10**7),
     "UTF-16": record("{}".encode("utf-16"), "utf-8"),
     "a byte order mark": record(b"\xef\xbb\xbf{}", "Expecting value"),
     "Latin-1": record(b'{"label": "\xfc"}', "utf-8"),
@@ -154,6 +159,14 @@ def saved(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def with_value(column: str, value: Any) -> Callable[[np.ndarray], np.ndarray]:
+    def change(table: np.ndarray) -> np.ndarray:
+        table[column][2] = value
+        return table
+
+    return change
+
+
 def npy(header: str, data: bytes = b"") -> bytes:
     """A table whose header is any text."""
     text = header.encode() + b"\n"
@@ -179,6 +192,22 @@ TABLES = {
     "a header of sums": table(EXAMPLES, npy("1+" * 2000 + "1"), UNREADABLE),
     "a header that calls": table(EXAMPLES, npy("{'descr': open('/etc/passwd')}"), UNREADABLE),
     "2^60 rows": table(EXAMPLES, shaped(f"({2**60},)"), UNREADABLE),
+    "a number of rows of 3000 digits": table(EXAMPLES, shaped(f"({'9' * 3000},)"), UNREADABLE),
+    "a header of minus signs": table(EXAMPLES, npy("-" * 9000 + "1"), UNREADABLE),
+    "a header of parentheses": table(EXAMPLES, npy("(" * 150), UNREADABLE),
+    "a header without end": table(EXAMPLES, npy("{'descr':'''"), UNREADABLE),
+    "a zip for a table": table(EXAMPLES, b"PK\x03\x04" + bytes(100), UNREADABLE),
+    "one row alone": table(EXAMPLES, lambda t: t[0:1].reshape(()), OTHER),
+    "one member alone": table(MEMBERS, lambda t: t[0:1].reshape(()), OTHER),
+    "no columns": table(EXAMPLES, lambda t: np.zeros(len(t), []), OTHER),
+    "rows on their side": table(EXAMPLES, lambda t: t[:, None], "index|tables"),
+    "members in a table": table(MEMBERS, lambda t: t[None], "index|tables"),
+    "a member of 2^60 bytes": table(MEMBERS, with_value("size", 2**60), "index|damaged"),
+    "a member of 2^35 bytes": table(MEMBERS, with_value("size", 2**35), "index|damaged"),
+    "a member of -1 bytes": table(MEMBERS, with_value("size", -1), "index|damaged"),
+    "a member before the file": table(MEMBERS, with_value("offset", -1), "index|damaged"),
+    "a field that is none": table(MEMBERS, with_value("field", 9), "index|damaged"),
+    "a key that is no text": table(EXAMPLES, with_value("key", b"\xff"), "index|damaged"),
     "-5 rows": table(EXAMPLES, shaped("(-5,)"), UNREADABLE),
     "0 rows": table(EXAMPLES, shaped("(0,)"), f"{UNREADABLE}|{OTHER}|do not add up"),
     "rows of lists": table(EXAMPLES, shaped("([1], 2)"), UNREADABLE),
@@ -237,6 +266,11 @@ def old_tar() -> bytes:
     return file.getvalue()
 
 
+def bomb(end: str) -> Callable[[], bytes]:
+    """A GiB of zeros, deflated to a MiB, for one of a checkpoint's files."""
+    return lambda: zipped(lambda name, data: bytes(2**30) if name.endswith(end) else data, zipfile.ZIP_DEFLATED)
+
+
 NOT_READ = "c.ckpt cannot be read"
 CHECKPOINTS = {
     "code": checkpoint(lambda: torch_saved({"x": Evil()}), NOT_READ),
@@ -250,6 +284,10 @@ CHECKPOINTS = {
     "a length of 2^31": checkpoint(of_opcodes(b"X\xff\xff\xff\x7fa."), NOT_READ),
     "no pickle in the zip": checkpoint(lambda: zipped(lambda name, data: b""), NOT_READ),
     "a zip of other files": checkpoint(b"PK\x05\x06" + bytes(18), NOT_READ),
+    "a zip bomb of weights": checkpoint(bomb("data/0"), NOT_READ),
+    "a zip bomb of pickle": checkpoint(bomb("data.pkl"), NOT_READ),
+    "2 GiB of one call": checkpoint(of_opcodes(b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."), NOT_READ),
+    "a number": checkpoint(of_opcodes(b"K\x01."), NOT_READ),
     "noise": checkpoint(bytes(range(256)) * 4, NOT_READ),
     "nothing but a trailer": checkpoint(b"", NOT_READ),
     "text": checkpoint(b"hello", NOT_READ),
@@ -295,8 +333,31 @@ def safetensors(header: Any, data: bytes = b"", length: int | None = None) -> by
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
+OWN_CODE = f"from pathlib import Path\nPath({str(MARKER)!r}).touch()\n"
+
+
+def own_code(folder: Path) -> None:
+    """An encoder whose text model is a folder with code, which transformers offers to run: standard input says yes."""
+    (folder / "model").mkdir()
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    (folder / "model" / "evil.py").write_text(
+        OWN_CODE + "from transformers import PretrainedConfig\nclass Evil(PretrainedConfig): ..."
+    )
+    edit = {"text": None, "pretrained": str(folder / "model")}
+    encoder(".", lambda described: described["config"]["backbone"].update(edit)).make(folder)
+
+
+def own_tokenizer(folder: Path) -> None:
+    path = folder / "encoder" / "tokenizer_config.json"
+    config = {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    (folder / "encoder" / "evil.py").write_text(OWN_CODE + "class Evil: ...")
+
+
 EVIL_WEIGHTS = {"embed_dim": 24, "depth": 1, "num_heads": 2, "checkpoint_path": "/tmp/polyphony-hostile.pth"}
 DAMAGED, CHANGED = "encoder.json is damaged", "model.safetensors is missing or was changed"
+NO_PROCESSOR = "the processor in .*encoder cannot be read"
 ENCODERS = {
     "nothing hostile": encoder(READ),
     "encoder.json empty": encoder(DAMAGED, described=b""),
@@ -314,11 +375,54 @@ ENCODERS = {
     "2^62 times nothing": encoder(
         "is of another shape", weights=safetensors({"a": {"dtype": "F32", "shape": [2**62, 0], "data_offsets": [0, 0]}})
     ),
-    "weights with code": encoder("timm cannot build the tower", tower(arguments=EVIL_WEIGHTS)),
+    "weights with code": encoder("tower arguments hold checkpoint_path", tower(arguments=EVIL_WEIGHTS)),
     "an unknown tower": encoder("timm cannot build the tower", tower(model="os.system")),
     "an unknown text model": encoder("backbone.text is", text_model(model_type="evil")),
     "a text model of lists": encoder("backbone.text is", text_model(model_type=[1])),
     "a text model of its own code": encoder("has no auto_map", text_model(model_type="qwen3", auto_map={"AutoModel": "e.E"})),
+}
+
+ENCODERS |= {
+    "encoder.json nested": encoder(DAMAGED, described=b"[" * 10**5),
+    "encoder.json a list": encoder("encoder.json", described=b"[]"),
+    "encoder.json null": encoder("encoder.json", described=b"null"),
+    "no config": encoder("encoder.json", lambda d: d.pop("config")),
+    "no hash": encoder("encoder.json", lambda d: d.pop("sha256")),
+    "a config of lists": encoder("encoder.json", lambda d: d.update(config=[])),
+    "unknown values": encoder("encoder.json", lambda d: d["config"]["backbone"].update(smell=1)),
+    "prefixes of text": encoder(DAMAGED, lambda d: d["config"].update(prefixes="abc")),
+    "a width of text": encoder("embedding|encoder.json", lambda d: d["config"].update(embedding_dim="abc")),
+    "a tower of numbers": encoder(DAMAGED, tower(model=5)),
+    "a view of 10^6 rows": encoder("tower|view|shape", tower(height=10**6)),
+    "a tower of the hub": encoder("tower", tower(model="hf_hub:evil/x")),
+    "a width of 10^8": encoder("shape", lambda d: d["config"].update(embedding_dim=10**8, prefixes=[10**8])),
+    "20 million words": encoder("shape", text_model(**{**TINY_TEXT, "vocab_size": 20_000_000})),
+    "3000 layers": encoder("shape", text_model(**{**TINY_TEXT, "num_hidden_layers": 3000})),
+    "a pretrained model of its own code": Case(own_code, lambda f: load_encoder(f / "encoder"), "."),
+    "a tokenizer of its own code": Case(own_tokenizer, lambda f: load_encoder(f / "encoder"), "tokenizer|custom code"),
+    "processor.json nested": encoder(NO_PROCESSOR, processor=b"[" * 10**5),
+    "processor.json a list": encoder(NO_PROCESSOR, processor=b"[]"),
+    "processor.json null": encoder(NO_PROCESSOR, processor=b"null"),
+    "processor.json empty": encoder(NO_PROCESSOR, processor=b""),
+    "processor.json of nothing": encoder(NO_PROCESSOR, processor=b"{}"),
+    "processor.json unknown": encoder(NO_PROCESSOR, processor=b'{"smell": 1, "decode": {}, "page_grid": [1, 1]}'),
+    "processor.json a device": encoder(NO_PROCESSOR, processor="/dev/zero"),
+    "tokenizer.json nested": encoder(NO_PROCESSOR, tokenizer=b"[" * 10**5),
+    "tokenizer.json nested objects": encoder(NO_PROCESSOR, tokenizer=b'{"a":' * 10**5),
+    "tokenizer.json a list": encoder(NO_PROCESSOR, tokenizer=b"[]"),
+    "tokenizer.json empty": encoder(NO_PROCESSOR, tokenizer=b""),
+    "tokenizer.json of nothing": encoder(NO_PROCESSOR, tokenizer=b"{}"),
+    "tokenizer_config.json nested": encoder(NO_PROCESSOR, tokenizer_config=b'{"a":' * 10**5),
+    "tokenizer_config.json a list": encoder(NO_PROCESSOR, tokenizer_config=b"[]"),
+    "weights empty": encoder("model.safetensors", weights=b""),
+    "a header of 2^60 bytes": encoder("model.safetensors", weights=safetensors(b"{}", length=2**60)),
+    "a header of 90 MB": encoder("model.safetensors", weights=safetensors(b'{"a":"' + b" " * 90_000_000)),
+    "a nested header": encoder("model.safetensors", weights=safetensors(b"[" * 10**5)),
+    "2^80 weights": encoder(
+        "model.safetensors",
+        weights=safetensors({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, bytes(4)),
+    ),
+    "weights of pickle": encoder("model.safetensors", weights=b"\x80\x04cposix\nsystem\n(S'true'\ntR."),
 }
 
 CASES = {

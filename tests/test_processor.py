@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from transformers import CanineTokenizer
 
 from datamodules.processors.composed import BEGIN, END, SOFT, ComposedProcessor, ProcessorConfig, place_id
 from datamodules.processors.tokenizer import train_tokenizer
@@ -108,6 +109,20 @@ def test_a_trained_tokenizer_loses_nothing():
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     with pytest.raises(ValueError, match="at least 258"):
         train_tokenizer(["x"], 100)
+
+
+def test_a_tokenizer_without_a_fast_form_is_refused(processor):
+    with pytest.raises(ValueError, match="CanineTokenizer, has no fast form"):
+        ComposedProcessor(processor.config, CanineTokenizer())
+
+
+def test_texts_are_cut_into_what_transformers_makes_of_them(processor):
+    texts = ["", "a  b", "ein großer Stern\n", "日本 🙂", "<pad> and <eos>"]
+    processor.tokenizer(texts, padding=True, truncation=True, max_length=3)  # leaves its ways with the tokenizer
+    made = processor([Item((part("text", text),)) for text in texts])
+    expected = processor.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    rows = [ids[mask.bool()][:-1].tolist() for ids, mask in zip(made.token_ids, made.attention_mask, strict=True)]
+    assert rows == expected
 
 
 def test_a_text_cannot_spell_a_special_token(processor):

@@ -127,6 +127,8 @@ class ComposedProcessor:
     """
 
     def __init__(self, config: ProcessorConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(f"the tokenizer, a {type(tokenizer).__name__}, has no fast form; name one with a tokenizer.json")
         self.config, self.tokenizer = config, tokenizer
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
         last = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
@@ -170,9 +172,11 @@ class ComposedProcessor:
 
     def _tokens(self, texts: list[str]) -> Iterator[list[int]]:
         """Token ids of each text, without begin and end, all encoded in one call."""
-        if not texts:
-            return iter(())
-        return iter(self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        backend: Any = self.tokenizer.backend_tokenizer  # asked directly: transformers' layer above it takes a while of its own
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True  # a text that spells one is text
+        return iter([encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)])
 
     def _sequence(self, item: Item, tokens: Iterator[list[int]], media: dict[str, list[Tensor]]) -> tuple[list[int], bool]:
         """Token ids and places of one item, whose texts come next in `tokens`; its views are appended to `media`."""

@@ -69,8 +69,10 @@ def load_encoder(folder: str | Path) -> tuple[Embedder, ComposedProcessor]:
         ValueError: No encoder lies there, or its weights were changed.
     """
     folder = Path(folder)
-    encoder = Embedder(read_config(folder), load_pretrained=False)
-    load_weights(encoder, read_weights(folder), str(folder))
+    config, weights = read_config(folder), read_weights(folder)
+    _require_outline(config, weights, str(folder))
+    encoder = Embedder(config, load_pretrained=False)
+    load_weights(encoder, weights, str(folder))
     return encoder, ComposedProcessor.load(folder)
 
 
@@ -132,6 +134,18 @@ def require_same_shape(encoder: Embedder, weights: Mapping[str, Tensor], where: 
             f"among them {', '.join(sorted(wrong)[:3])}; "
             "leave out model.encoder to take the checkpoint's own shape"
         )
+
+
+def _require_outline(config: EncoderConfig, weights: Mapping[str, Tensor], where: str) -> None:
+    """Refuse a described shape that is not that of the weights before memory is taken for it: it may come from anywhere."""
+    described = [config.backbone.text or {}, *(tower.arguments for tower in config.backbone.towers.values())]
+    for layers in (fields.get(name, 0) for fields in described for name in ("num_hidden_layers", "depth")):
+        if not isinstance(layers, int) or layers > len(weights):
+            raise ValueError(
+                f"the checkpoint {where} is of another shape: {layers} layers are described, it has {len(weights)} tensors"
+            )
+    with torch.device("meta"):
+        require_same_shape(Embedder(config, load_pretrained=False), weights, where)
 
 
 def config_from_json(values: dict[str, Any]) -> EncoderConfig:

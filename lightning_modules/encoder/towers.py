@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# What timm.create_model takes beside a model's sizes: files and places to load from, and what the fields of TowerConfig say.
+NOT_ARGUMENTS = {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "scriptable"}
+NOT_ARGUMENTS |= {"exportable", "no_jit", "in_chans", "num_classes", "embed_layer"}
+
 
 @dataclass(frozen=True)
 class TowerConfig:
@@ -31,6 +35,12 @@ class TowerConfig:
     height: int = 64
     width: int = 64
     pretrained: bool = False
+
+    def __post_init__(self) -> None:
+        if ":" in self.model or "/" in self.model:
+            raise ValueError(f"tower model {self.model!r} is no name of timm's own; it would be fetched from elsewhere")
+        if taken := sorted(self.arguments.keys() & NOT_ARGUMENTS):
+            raise ValueError(f"tower arguments hold {', '.join(taken)}; a tower's arguments are the sizes of its model alone")
 
 
 class Tower(nn.Module):
