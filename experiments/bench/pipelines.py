@@ -88,9 +88,15 @@ class Work:
         return [tokenizer.pad({"input_ids": side}, return_tensors="pt") for side in rows]
 
     def padding(self) -> dict[str, float]:
-        """Share of the places of a batch that are padding, over 50 batches of ours and of webdataset's."""
-        ours = ([batch.query, batch.target] for batch in self.ours(0))
-        return {name: _padding(sides) for name, sides in (("ours", ours), ("webdataset", self.webdataset(0, self.processed)))}
+        """Share of what goes through the encoder that is padding, over 50 batches: of ours in passes, and of whole ones."""
+        ours = itertools.islice(([batch.query, batch.target] for batch in self.ours(0)), 50)
+        counts = [side.num_tokens_and_places for sides in ours for side in sides]
+        whole = itertools.islice(self.webdataset(0, self.processed), 50)
+        masks = [side.attention_mask for sides in whole for side in sides]
+        return {
+            "ours": 1 - sum(tokens for tokens, _ in counts) / sum(places for _, places in counts),
+            "webdataset": 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks),
+        }
 
     def _texts(self, examples: Sequence[Example]) -> Iterator[list[str]]:
         for side, prompt in self._sides():
@@ -130,8 +136,3 @@ def tar_reader(shard: Path) -> None:
     """The indexer's: every byte accounted for and hashed."""
     for _ in TarReader(shard):
         pass
-
-
-def _padding(batches: Iterator[list[Inputs]], num_batches: int = 50) -> float:
-    masks = [side.attention_mask for sides in itertools.islice(batches, num_batches) for side in sides]
-    return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
