@@ -171,7 +171,7 @@ class TrainingData(L.LightningDataModule):
         """Count a batch that is trained on; bad examples are counted by cause and written to `faults-rank<r>.jsonl`.
 
         Returns:
-            What the log shows of it: the task's share of the steps so far, padding as a share of the tokens, faults so far.
+            What the log shows of it: the task's share of the steps so far, faults so far.
         """
         assert self.trainer is not None
         self.num_examples += len(batch.keys)
@@ -181,12 +181,9 @@ class TrainingData(L.LightningDataModule):
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as lines:
                 lines.writelines(json.dumps(dataclasses.asdict(fault), ensure_ascii=False) + "\n" for fault in batch.faults)
-        columns = [inputs for inputs in (batch.query, batch.target, batch.negative) if inputs is not None]
-        num_tokens, num_places = map(sum, zip(*(inputs.num_tokens_and_places for inputs in columns), strict=True))
         _, earlier = self.plan.task_of(batch.step)
         return {
             "share_of_steps": (earlier + 1) / (batch.step + 1),
-            "padding": 1.0 - num_tokens / num_places,
             "bad_examples": float(self.faults.total()),
         }
 

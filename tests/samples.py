@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import soundfile
 from PIL import Image
+from torch import Tensor
 from webdataset.compat import WebDataset
 
+from datamodules.processors.composed import Inputs
 from datamodules.sample import Example, media_item, text_item
 from datamodules.stream import Source
 
@@ -48,6 +50,11 @@ TINY = [
     "model.encoder.backbone.towers.image.arguments={embed_dim:24,depth:1,num_heads:2,class_token:false,global_pool:''}",
     "model.encoder.backbone.towers.spectrogram.arguments={embed_dim:24,depth:1,num_heads:2,class_token:false,global_pool:''}",
 ]
+
+
+def ids_of(inputs: Inputs) -> list[Tensor]:
+    """Token ids of each item."""
+    return list(inputs.token_ids.split(inputs.lengths.tolist()))
 
 
 def picture_bytes(format: str = "PNG", *, width: int = 40, height: int = 30, seed: int = 0) -> bytes:

@@ -13,7 +13,7 @@ from datamodules.processors.composed import Inputs
 from datamodules.sample import Item, Part
 from lightning_modules.encoder import towers
 from lightning_modules.encoder.composed import ComposedBackbone, ComposedConfig
-from lightning_modules.encoder.embedder import Embedder, EncoderConfig, cut, probe
+from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig, cut, probe
 from lightning_modules.encoder.towers import Tower, TowerConfig
 
 RNG = np.random.default_rng(0)
@@ -53,8 +53,8 @@ def test_the_last_token_moves_the_first_state(tiny_encoder, processor, one):
     inputs = processor([one])
     changed = inputs.to("cpu")
     changed.token_ids = inputs.token_ids.clone()
-    changed.token_ids[0, -1] = 5
-    difference = (tiny_encoder.backbone(inputs)[0, 0] - tiny_encoder.backbone(changed)[0, 0]).abs().max()
+    changed.token_ids[-1] = 5
+    difference = (tiny_encoder.backbone(inputs)[0] - tiny_encoder.backbone(changed)[0]).abs().max()
     assert difference > 1e-4
 
 
@@ -75,6 +75,7 @@ def test_every_parameter_learns(tiny_encoder, processor):
 
 def test_the_probe_passes_a_bidirectional_encoder_and_refuses_a_causal_one(tiny_encoder):
     probe(tiny_encoder)
+    tiny_encoder.use(ComputeConfig("padded"))  # packs have no causal mask whatever the model says
     for module in tiny_encoder.backbone.text.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = True
@@ -91,11 +92,11 @@ def test_the_probe_knows_every_vocabulary(vocab_size):
 
 def test_the_probe_refuses_a_leak_from_padding(tiny_encoder, monkeypatch):
     text = tiny_encoder.backbone.text
-    monkeypatch.setattr(
-        tiny_encoder.backbone,
-        "forward",
-        lambda inputs: text(inputs_embeds=text.get_input_embeddings()(inputs.token_ids)).last_hidden_state,
-    )
+
+    def all_as_one(inputs, *, packed=False):
+        return text(inputs_embeds=text.get_input_embeddings()(inputs.token_ids[None])).last_hidden_state[0]
+
+    monkeypatch.setattr(tiny_encoder.backbone, "forward", all_as_one)
     with pytest.raises(ValueError, match="padding or a batch neighbour"):
         probe(tiny_encoder)
 
@@ -145,8 +146,10 @@ def test_a_pretrained_text_model_gives_its_masked_mean(tmp_path):
     ids = torch.randint(1, 99, (3, 9))
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
-    expected = bert(input_ids=ids, attention_mask=mask).last_hidden_state
-    torch.testing.assert_close(backbone(Inputs(ids, mask))[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-6)
+    expected = bert(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+    inputs = Inputs(ids[mask.bool()], mask.sum(1))
+    for packed in (False, True):
+        torch.testing.assert_close(backbone(inputs, packed=packed), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_pretrained_model_in_bf16_becomes_an_fp32_encoder(tmp_path):
@@ -192,8 +195,8 @@ def test_sizes_that_do_not_fit_are_named(processor, tiny_config):
 @torch.no_grad()
 def test_boundaries_stand_where_a_medium_begins_and_ends(tiny_encoder, processor):
     inputs = processor([item("cat", PICTURES[0], "cat")])
-    embedded = tiny_encoder.backbone.embed(inputs)[0]
-    places = (inputs.token_ids[0] < 0).nonzero().flatten()
+    embedded = tiny_encoder.backbone.embed(inputs.token_ids[None], inputs)[0]
+    places = (inputs.token_ids < 0).nonzero().flatten()
     begin, end = tiny_encoder.backbone.boundaries["image"]
     assert torch.equal(embedded[places[0]], begin)
     assert torch.equal(embedded[places[-1]], end)
@@ -226,7 +229,7 @@ def test_a_medium_without_a_tower_and_wrong_places_are_refused(processor, tiny_c
     with pytest.raises(ValueError, match="no tower for audio; it takes text, code"):
         deaf(processor([ITEMS[2]]))
     inputs = processor([ITEMS[1]])
-    inputs.media["image"] = inputs.media["image"][:1]
+    inputs.media["image"], inputs.num_views["image"] = inputs.media["image"][:1], torch.tensor([1])
     with pytest.raises(ValueError, match="makes 16 tokens of 1 views, the processor left 32 places"):
         Embedder(tiny_config)(inputs)
 

@@ -240,7 +240,7 @@ def data_of(world: Path, tmp_path: Path, *, num_steps: int = 6, rank: int = 0, r
 
 def told(inputs: Any) -> bytes:
     """Whatever a model would see of inputs."""
-    tensors = [inputs.token_ids, inputs.attention_mask, *(views for _, views in sorted(inputs.media.items()))]
+    tensors = [inputs.token_ids, inputs.lengths, *(views for _, views in sorted(inputs.media.items()))]
     return b"".join(tensor.numpy().tobytes() for tensor in tensors)
 
 

@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from samples import ids_of
 from transformers import CanineTokenizer
 
-from datamodules.processors.composed import BEGIN, END, SOFT, ComposedProcessor, ProcessorConfig, place_id
+from datamodules.processors.composed import BEGIN, END, SOFT, ComposedProcessor, Inputs, ProcessorConfig, place_id
 from datamodules.processors.tokenizer import train_tokenizer
 from datamodules.sample import Item, Part
 
@@ -23,8 +24,8 @@ def test_parts_keep_their_order(processor):
     inputs = processor([Item((part("text", "cat"), part("image", PICTURE), part("code", "x+1")))])
     words = [processor.tokenizer(text)["input_ids"] for text in ("cat", "x+1")]
     picture = [place_id("image", BEGIN), *[place_id("image", SOFT)] * 16, place_id("image", END)]
-    assert inputs.token_ids[0].tolist() == [*words[0], *picture, *words[1], processor.tokenizer.eos_token_id]
-    assert inputs.attention_mask.all()
+    assert inputs.token_ids.tolist() == [*words[0], *picture, *words[1], processor.tokenizer.eos_token_id]
+    assert inputs.lengths.tolist() == [len(inputs.token_ids)]
 
 
 def test_places_are_negative_and_distinct():
@@ -48,6 +49,7 @@ def test_media_become_views_with_their_places(processor, kind, content, num_view
     shape = (num_views, 1, 64, 64) if kind == "audio" else (num_views, 3, 64, 64)
     assert inputs.media[kind].shape == shape
     assert inputs.media[kind].dtype == (torch.float32 if kind == "audio" else torch.uint8)
+    assert inputs.num_views[kind].tolist() == [num_views]
     assert int((inputs.token_ids == place_id(kind, SOFT)).sum()) == 16 * num_views
 
 
@@ -86,13 +88,36 @@ def test_long_text_is_cut_and_counted(processor):
         ]
     )
     assert inputs.num_truncated == 1
-    assert int(inputs.attention_mask[0].sum()) == 6
+    assert inputs.lengths[0] == 6
 
 
 def test_padding_is_on_the_right_and_masked(processor):
     inputs = processor([Item((part("text", "cat"),)), Item((part("text", "the cat sat on the mat"),))])
-    length = int(inputs.attention_mask[0].sum())
-    assert inputs.attention_mask[0].tolist() == [1] * length + [0] * (inputs.token_ids.shape[1] - length)
+    token_ids, mask, places = inputs.padded()
+    length, longest = inputs.lengths.tolist()
+    assert mask.tolist() == [[1] * length + [0] * (longest - length), [1] * longest]
+    assert torch.equal(token_ids[mask.bool()], inputs.token_ids)
+    assert torch.equal(token_ids.flatten()[places], inputs.token_ids)
+
+
+def test_rows_take_their_media_with_them_and_columns_are_joined(processor):
+    items = [
+        Item((part("text", "cat"),)),
+        Item((part("image", PICTURE), part("text", "mat"), part("image", PICTURE[::-1]))),
+        Item((part("audio", np.ones(20_000, np.float32)),)),
+        Item((part("image", PICTURE[:, ::-1]),)),
+    ]
+    alone = [processor([item]) for item in items]
+    whole = processor(items)
+    for chosen in (np.array([2, 0]), np.array([3, 1, 3]), np.array([0])):
+        expected, found = processor([items[row] for row in chosen]), whole.rows(chosen)
+        for one in (found, Inputs.join([alone[row] for row in chosen])):
+            assert torch.equal(one.token_ids, expected.token_ids)
+            assert torch.equal(one.lengths, expected.lengths)
+            assert one.media.keys() == expected.media.keys() == one.num_views.keys()
+            for kind, views in expected.media.items():
+                assert torch.equal(one.media[kind], views)
+                assert torch.equal(one.num_views[kind], expected.num_views[kind])
 
 
 def test_it_is_the_same_after_saving(processor, tmp_path):
@@ -121,12 +146,11 @@ def test_texts_are_cut_into_what_transformers_makes_of_them(processor):
     processor.tokenizer(texts, padding=True, truncation=True, max_length=3)  # leaves its ways with the tokenizer
     made = processor([Item((part("text", text),)) for text in texts])
     expected = processor.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    rows = [ids[mask.bool()][:-1].tolist() for ids, mask in zip(made.token_ids, made.attention_mask, strict=True)]
-    assert rows == expected
+    assert [ids[:-1].tolist() for ids in ids_of(made)] == expected
 
 
 def test_a_text_cannot_spell_a_special_token(processor):
-    ids = processor([Item((part("text", "a<eos>b<pad>"),))]).token_ids[0].tolist()
+    ids = processor([Item((part("text", "a<eos>b<pad>"),))]).token_ids.tolist()
     assert ids.count(processor.tokenizer.eos_token_id) == 1
     assert processor.tokenizer.pad_token_id not in ids
 

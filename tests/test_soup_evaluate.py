@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from samples import ids_of
 
 from datamodules.collate import Collate
 from datamodules.decode import decode_example
@@ -233,8 +234,7 @@ class Letters(torch.nn.Module):
         self.processor = processor
 
     def forward(self, inputs):
-        rows = zip(inputs.token_ids, inputs.attention_mask, strict=True)
-        texts = [str(self.processor.tokenizer.decode(row[mask.bool()], skip_special_tokens=True)) for row, mask in rows]
+        texts = [str(self.processor.tokenizer.decode(row, skip_special_tokens=True)) for row in ids_of(inputs)]
         return torch.tensor([[text.count(letter) + 0.01 for letter in "abcdefgh"] for text in texts])
 
 

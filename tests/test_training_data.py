@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import picture_bytes
+from samples import ids_of, picture_bytes
 
 from datamodules.collate import Collate, with_prompt
 from datamodules.decode import decode_example
@@ -65,9 +65,9 @@ def test_two_ranks_share_the_global_batch(world, tmp_path):
     parts = [batches(data_of(world, tmp_path, rank=rank, world_size=2), 9) for rank in (0, 1)]
     for one, left, right in zip(whole, *parts, strict=True):
         assert left.task == right.task == one.task
-        lengths = dict(zip(one.keys, one.query.attention_mask.sum(1).tolist(), strict=True))
+        lengths = dict(zip(one.keys, one.query.lengths.tolist(), strict=True))
         for part in (left, right):  # the same prompts were dropped
-            assert part.query.attention_mask.sum(1).tolist() == [lengths[key] for key in part.keys]
+            assert part.query.lengths.tolist() == [lengths[key] for key in part.keys]
         assert len(left.keys) == len(right.keys)
         assert sorted(left.keys + right.keys) == sorted(one.keys)
 
@@ -104,7 +104,7 @@ def test_a_batch_is_one_tasks_with_its_own_size_and_negatives(world, tmp_path):
 def test_prompts_are_dropped_at_random_and_never_put_on_media(world, tmp_path):
     data = data_of(world, tmp_path, prompt_dropout=0.5)
     image = [batch for batch in batches(data, 27) if batch.task == "world/text-image"]
-    texts = [data.processor.tokenizer.decode(row[row > 1]) for batch in image for row in batch.query.token_ids]
+    texts = [data.processor.tokenizer.decode(row[row > 1]) for batch in image for row in ids_of(batch.query)]
     share = sum(str(text).startswith("task: search result | query: ") for text in texts) / len(texts)
     assert 0.3 < share < 0.7
     picture = media_item("image", b"x", "png")
@@ -222,8 +222,7 @@ def collated(processor, spec: TaskSpec, examples: list[Example], *, step: int = 
 
 
 def texts_of(processor, inputs) -> list[str]:
-    rows = zip(inputs.token_ids, inputs.attention_mask, strict=True)
-    return [str(processor.tokenizer.decode(row[mask.bool()][:-1])) for row, mask in rows]
+    return [str(processor.tokenizer.decode(row[:-1])) for row in ids_of(inputs)]
 
 
 def test_targets_and_hard_negatives_carry_the_targets_prompt(processor):

@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from datamodules.extent import EXTENT
 from datamodules.order import generator
-from datamodules.processors.composed import BYTES_PER_TOKEN, ProcessorConfig
+from datamodules.processors.composed import BYTES_PER_TOKEN
 from datamodules.processors.passes import passes_of
 from datamodules.shards import Split
 from datamodules.store import Store
@@ -138,7 +138,7 @@ def padding(split: Split, batch_size: int) -> tuple[float, float] | None:
     for column in COLUMNS:
         for lengths in np.ceil(extents[column]["text"][batches] / BYTES_PER_TOKEN):
             tokens, whole = tokens + lengths.sum(), whole + lengths.max() * batch_size
-            in_passes += sum(lengths[rows].max() * len(rows) for rows in passes_of(lengths, ProcessorConfig.pass_cost))
+            in_passes += sum(lengths[rows].max() * len(rows) for rows in passes_of(lengths))
     return (1 - tokens / whole, 1 - tokens / in_passes) if tokens else None
 
 

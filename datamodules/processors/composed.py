@@ -7,6 +7,7 @@ ids, so that any tokenizer serves unchanged; the backbone fills them with learnt
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,6 @@ from transformers.audio_utils import mel_filter_bank
 
 from datamodules.media.audio import SAMPLE_RATE
 from datamodules.media.limits import DecodeLimits
-from datamodules.processors.passes import passes_of
 from datamodules.record import read_json
 from datamodules.sample import MEDIA_KINDS, TEXT_KINDS, Item
 
@@ -36,49 +36,84 @@ def place_id(kind: str, role: int) -> int:
 
 @dataclass
 class Inputs:
-    """Model inputs of N items, padded on the right to L tokens.
+    """Model inputs of N items, end to end: T tokens and no padding.
 
     Args:
-        token_ids: (N, L) int64; negative ids are places for media, see `place_id`.
-        attention_mask: (N, L) int64, 1 on tokens and places, 0 on padding.
+        token_ids: (T,) int64; negative ids are places for media, see `place_id`.
+        lengths: Tokens and places of each item (N,) int64; stays on the CPU, where the passes are planned.
         media: Kind to its views in order of appearance: uint8 (V, 3, H, W), for audio float32 (V, 1, mels, frames).
+        num_views: Kind to the views of each item (N,) int64, on the CPU.
         num_truncated: Items whose text was cut to the limit.
-        passes: Rows (int64) that go through the encoder together, and their longest; none means all at once, as with media.
     """
 
     token_ids: Tensor
-    attention_mask: Tensor
+    lengths: Tensor
     media: dict[str, Tensor] = field(default_factory=dict)
+    num_views: dict[str, Tensor] = field(default_factory=dict)
     num_truncated: int = 0
-    passes: tuple[tuple[Tensor, int], ...] = ()
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.lengths)
 
-    def in_passes(self) -> list[Self]:
-        """The inputs of each pass, cut to their longest; their rows lie in the order of `passes`."""
-        return [
-            dataclasses.replace(
-                self, token_ids=self.token_ids[rows, :longest], attention_mask=self.attention_mask[rows, :longest], passes=()
-            )
-            for rows, longest in self.passes
-        ]
+    @classmethod
+    def join(cls, columns: Sequence["Inputs"]) -> "Inputs":
+        """The items of several inputs one after another."""
+        media, num_views = {}, {}
+        for kind in {kind: None for column in columns for kind in column.media}:
+            media[kind] = torch.cat([column.media[kind] for column in columns if kind in column.media])
+            none = [torch.zeros(len(column), dtype=torch.int64) for column in columns]
+            num_views[kind] = torch.cat([c.num_views.get(kind, zeros) for c, zeros in zip(columns, none, strict=True)])
+        return cls(
+            torch.cat([column.token_ids for column in columns]),
+            torch.cat([column.lengths for column in columns]),
+            media,
+            num_views,
+            sum(column.num_truncated for column in columns),
+        )
 
-    @property
-    def num_tokens_and_places(self) -> tuple[int, int]:
-        """Tokens, and tokens with the padding that goes through the encoder."""
-        places = sum(longest * len(rows) for rows, longest in self.passes) or self.attention_mask.numel()
-        return int(self.attention_mask.sum()), places
+    def rows(self, rows: np.ndarray) -> "Inputs":
+        """The items of some rows, in that order."""
+        media = {}
+        for kind, views in self.media.items():
+            places = _places(self.num_views[kind].numpy(), rows)
+            if len(places):
+                media[kind] = views[torch.from_numpy(places).to(views.device)]
+        return Inputs(
+            self.token_ids[torch.from_numpy(_places(self.lengths.numpy(), rows)).to(self.token_ids.device)],
+            self.lengths[rows],
+            media,
+            {kind: self.num_views[kind][rows] for kind in media},
+        )
+
+    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Padded on the right to the longest, L: token ids (N, L), mask (N, L) int64, where each token lies in N · L (T,)."""
+        lengths = self.lengths.numpy()
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        places = torch.from_numpy(np.flatnonzero(mask)).to(self.token_ids.device)
+        token_ids = self.token_ids.new_zeros(mask.size).index_copy(0, places, self.token_ids)
+        return token_ids.view(mask.shape), torch.from_numpy(mask.astype(np.int64)).to(self.token_ids.device), places
 
     def to(self, device: torch.device | str) -> Self:
-        """The inputs with every tensor on a device."""
+        """The inputs with what the encoder reads on a device."""
         return dataclasses.replace(
             self,
-            token_ids=self.token_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            media={kind: views.to(device) for kind, views in self.media.items()},
-            passes=tuple((rows.to(device), longest) for rows, longest in self.passes),
+            token_ids=self.token_ids.to(device, non_blocking=True),
+            media={kind: views.to(device, non_blocking=True) for kind, views in self.media.items()},
         )
+
+    def pin_memory(self) -> Self:
+        """The inputs in memory from which copies to a GPU need not be waited for."""
+        return dataclasses.replace(
+            self,
+            token_ids=self.token_ids.pin_memory(),
+            media={kind: views.pin_memory() for kind, views in self.media.items()},
+        )
+
+
+def _places(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Where the elements of some rows lie when rows of these lengths lie end to end."""
+    starts, counts = (lengths.cumsum() - lengths)[rows], lengths[rows]
+    return np.arange(counts.sum()) + np.repeat(starts - (counts.cumsum() - counts), counts)
 
 
 @dataclass(frozen=True)
@@ -95,7 +130,6 @@ class ProcessorConfig:
         num_mels: Height of a spectrogram view.
         num_frames: Width of a spectrogram view.
         tokens_per_view: Kind of media to the number of places of one view.
-        pass_cost: What a further pass of the encoder over a part of a batch costs, in tokens; see `passes_of`.
         decode: Limits of what a medium may hold, and how densely video is sampled.
     """
 
@@ -108,7 +142,6 @@ class ProcessorConfig:
     num_mels: int = 64
     num_frames: int = 64
     tokens_per_view: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MEDIA_KINDS, 16))
-    pass_cost: int = 64
     decode: DecodeLimits = field(default_factory=DecodeLimits)
 
     def __post_init__(self) -> None:
@@ -134,7 +167,6 @@ class ComposedProcessor:
         last = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         self.first_ids = [int(first)] if isinstance(first, int) else []
         self.last_ids = [int(last)] if isinstance(last, int) else []
-        self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
         self.mel_filters = torch.tensor(
             mel_filter_bank(
                 num_frequency_bins=257,
@@ -157,18 +189,17 @@ class ComposedProcessor:
         """
         tokens = self._tokens([str(part.content) for item in items for part in item.parts if part.kind in TEXT_KINDS])
         media = {kind: [] for kind in MEDIA_KINDS}
-        rows, truncated = zip(*(self._sequence(item, tokens, media) for item in items), strict=True)
-        lengths = np.array([len(ids) for ids in rows])
+        rows, views, truncated = zip(*(self._sequence(item, tokens, media) for item in items), strict=True)
+        lengths = torch.tensor([len(ids) for ids in rows])
         if not lengths.all():
             raise ValueError("an item came to no token: its text is empty and the tokenizer adds no begin or end")
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        token_ids = np.full(mask.shape, self.pad_id)
-        token_ids[mask] = np.concatenate(rows)
-        filled = Inputs(torch.from_numpy(token_ids), torch.from_numpy(mask.astype(np.int64)), num_truncated=sum(truncated))
-        if any(media.values()):
-            return dataclasses.replace(filled, media={kind: torch.cat(views) for kind, views in media.items() if views})
-        passes = [(torch.from_numpy(part), int(lengths[part].max())) for part in passes_of(lengths, self.config.pass_cost)]
-        return dataclasses.replace(filled, passes=tuple(passes))
+        return Inputs(
+            torch.from_numpy(np.concatenate(rows)),
+            lengths,
+            {kind: torch.cat(found) for kind, found in media.items() if found},
+            {kind: torch.tensor([row[kind] for row in views]) for kind, found in media.items() if found},
+            sum(truncated),
+        )
 
     def _tokens(self, texts: list[str]) -> Iterator[list[int]]:
         """Token ids of each text, without begin and end, all encoded in one call."""
@@ -178,9 +209,14 @@ class ComposedProcessor:
         backend.encode_special_tokens = True  # a text that spells one is text
         return iter([encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)])
 
-    def _sequence(self, item: Item, tokens: Iterator[list[int]], media: dict[str, list[Tensor]]) -> tuple[list[int], bool]:
-        """Token ids and places of one item, whose texts come next in `tokens`; its views are appended to `media`."""
-        ids, room, truncated = list(self.first_ids), self.config.max_text_tokens, False
+    def _sequence(
+        self, item: Item, tokens: Iterator[list[int]], media: dict[str, list[Tensor]]
+    ) -> tuple[list[int], Counter[str], bool]:
+        """Token ids and places of one item, its views by kind, and whether text was cut.
+
+        Its texts come next in `tokens`; its views are appended to `media`.
+        """
+        ids, room, truncated, num_views = list(self.first_ids), self.config.max_text_tokens, False, Counter()
         for part in item.parts:
             assert part.content is not None, "decode items before processing them"
             if part.kind in TEXT_KINDS:
@@ -191,9 +227,10 @@ class ComposedProcessor:
             else:
                 views = self.views(part.kind, part.content)
                 media[part.kind].append(views)
+                num_views[part.kind] += len(views)
                 soft = [place_id(part.kind, SOFT)] * (len(views) * self.config.tokens_per_view[part.kind])
                 ids += [place_id(part.kind, BEGIN), *soft, place_id(part.kind, END)]
-        return ids + self.last_ids, truncated
+        return ids + self.last_ids, num_views, truncated
 
     def views(self, kind: str, content: Any) -> Tensor:
         """The views of one decoded medium: uint8 (V, 3, size, size), for audio float32 (V, 1, mels, frames)."""

@@ -1,4 +1,4 @@
-"""Passes through the encoder: a batch's texts in groups of like length, each padded to its own longest only.
+"""Passes through the encoder: a batch's items in groups that go through it together, of like length or of so many tokens.
 
 Batches themselves are not sorted by length. That would make an example meet the same few negatives of its own length again and
 again (experiments/003_length_buckets), and still pad, as queries and targets cannot both be alike.
@@ -6,23 +6,53 @@ again (experiments/003_length_buckets), and still pad, as queries and targets ca
 
 import numpy as np
 
+PASS_COST = 64  # tokens; our choice, measured on a CPU (experiments/003_length_buckets)
 
-def passes_of(lengths: np.ndarray, pass_cost: int) -> list[np.ndarray]:
-    """The rows of each pass: of all ways to cut the rows by length, the one with the fewest tokens, padding included.
+
+def passes_of(lengths: np.ndarray, pass_cost: int = PASS_COST, max_tokens: int | None = None) -> list[np.ndarray]:
+    """The rows of each padded pass: of all ways to cut the rows by length, the one with the fewest tokens, padding included.
 
     Args:
         lengths: Tokens of each row (N,).
         pass_cost: What a further pass costs, in tokens.
+        max_tokens: Most tokens of a pass, padding included; a single longer row is a pass. None sets no limit.
+
+    Returns:
+        Rows of each pass, shortest first.
     """
-    order = np.argsort(-lengths, kind="stable")
-    longest_first = lengths[order]
-    fewest, cuts = np.zeros(len(order) + 1), np.zeros(len(order) + 1, int)
-    for stop in range(1, len(order) + 1):
-        costs = fewest[:stop] + (stop - np.arange(stop)) * longest_first[:stop] + pass_cost
+    order = np.argsort(lengths, kind="stable")
+    values, counts = np.unique(lengths, return_counts=True)
+    ends = counts.cumsum()
+    fewest, cuts = np.zeros(len(values) + 1), np.zeros(len(values) + 1, int)
+    for stop in range(1, len(values) + 1):
+        starts = np.append(0, ends)[:stop]
+        costs = fewest[:stop] + (ends[stop - 1] - starts) * values[stop - 1] + pass_cost
         cuts[stop] = costs.argmin()
         fewest[stop] = costs[cuts[stop]]
-    passes, stop = [], len(order)
+    passes, stop = [], len(values)
     while stop:
-        passes.append(np.sort(order[cuts[stop] : stop]))
+        rows = order[np.append(0, ends)[cuts[stop]] : ends[stop - 1]]
+        most = len(rows) if max_tokens is None else max(1, int(max_tokens // values[stop - 1]))
+        passes.extend(reversed(np.array_split(rows, -(-len(rows) // most))))
         stop = cuts[stop]
-    return passes
+    return passes[::-1]
+
+
+def packs_of(lengths: np.ndarray, max_tokens: int | None = None) -> list[np.ndarray]:
+    """The rows of each pack, in which items lie end to end, sorted by length.
+
+    Args:
+        lengths: Tokens of each row (N,).
+        max_tokens: Most tokens of a pack; a single longer row is a pack. None makes one of all.
+
+    Returns:
+        Rows of each pack, shortest first.
+    """
+    order = np.argsort(lengths, kind="stable")
+    packs, start, tokens = [], 0, 0
+    for place, row in enumerate(order):
+        tokens += lengths[row]
+        if max_tokens is not None and tokens > max_tokens and place > start:
+            packs.append(order[start:place])
+            start, tokens = place, lengths[row]
+    return [*packs, order[start:]]

@@ -12,6 +12,7 @@ from datamodules.collate import Collate, with_prompt
 from datamodules.decode import decode_example
 from datamodules.loader import loader_of
 from datamodules.processors.composed import Inputs, ProcessorConfig
+from datamodules.processors.passes import passes_of
 from datamodules.record import from_record
 from datamodules.sample import Example
 from datamodules.stream import Source, StepStream
@@ -88,14 +89,15 @@ class Work:
         return [tokenizer.pad({"input_ids": side}, return_tensors="pt") for side in rows]
 
     def padding(self) -> dict[str, float]:
-        """Share of what goes through the encoder that is padding, over 50 batches: of ours in passes, and of whole ones."""
+        """Share of what goes through the encoder that is padding, over 50 batches: in passes, and whole. Packs have none."""
         ours = itertools.islice(([batch.query, batch.target] for batch in self.ours(0)), 50)
-        counts = [side.num_tokens_and_places for sides in ours for side in sides]
+        sides = [side.lengths.numpy() for sides in ours for side in sides]
+        in_passes = [(lengths.sum(), sum(lengths[rows].max() * len(rows) for rows in passes_of(lengths))) for lengths in sides]
         whole = itertools.islice(self.webdataset(0, self.processed), 50)
-        masks = [side.attention_mask for sides in whole for side in sides]
+        padded = [(side.lengths.sum(), side.lengths.max() * len(side)) for sides in whole for side in sides]
         return {
-            "ours": 1 - sum(tokens for tokens, _ in counts) / sum(places for _, places in counts),
-            "webdataset": 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks),
+            name: 1 - float(sum(tokens for tokens, _ in counts) / sum(places for _, places in counts))
+            for name, counts in (("in passes", in_passes), ("whole", padded))
         }
 
     def _texts(self, examples: Sequence[Example]) -> Iterator[list[str]]:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel
 
 from datamodules.processors.composed import BEGIN, END, SOFT, Inputs, place_id
 from datamodules.sample import MEDIA_KINDS
+from lightning_modules.encoder.packing import NAME, packed_arguments
 from lightning_modules.encoder.towers import Tower, TowerConfig
 
 
@@ -52,7 +53,7 @@ class ComposedConfig:
 
 
 class ComposedBackbone(nn.Module):
-    """Inputs to token states (N, L, H), every token seeing every other.
+    """Inputs to token states (T, H), every token seeing every other of its item.
 
     Args:
         config: What to build.
@@ -62,6 +63,10 @@ class ComposedBackbone(nn.Module):
     def __init__(self, config: ComposedConfig, *, load_pretrained: bool = True) -> None:
         super().__init__()
         self.text: Any = _text_model(config, load_pretrained)
+        if self.text.config._attn_implementation == "sdpa" and config.attention is None:
+            self.text.set_attn_implementation(NAME)
+        if getattr(self.text, "pooler", None) is not None:  # BERT's own, of whose vector no use is made
+            self.text.pooler = None
         self.width: int = self.text.config.hidden_size
         self.routes = dict(config.routes)
         self.towers = nn.ModuleDict(
@@ -81,24 +86,40 @@ class ComposedBackbone(nn.Module):
     def vocab_size(self) -> int:
         return self.text.get_input_embeddings().num_embeddings
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Raises ValueError when an item is longer than the text model's positions, or media do not fit; see `embed`."""
+    @property
+    def packs(self) -> bool:
+        """Whether items can lie end to end; the probe proves it."""
+        return self.text.config._attn_implementation == NAME
+
+    def forward(self, inputs: Inputs, *, packed: bool = False) -> Tensor:
+        """Token states (T, H).
+
+        Args:
+            inputs: N items, end to end.
+            packed: Run them as they lie, each seeing itself alone; else padded to the longest.
+
+        Raises:
+            ValueError: An item is longer than the text model's positions, or media do not fit; see `embed`.
+        """
         longest = getattr(self.text.config, "max_position_embeddings", None)
-        if longest is not None and inputs.token_ids.shape[1] > longest:
+        if longest is not None and inputs.lengths.max() > longest:
             raise ValueError(
-                f"an item comes to {inputs.token_ids.shape[1]} tokens, the text model takes {longest}; "
+                f"an item comes to {int(inputs.lengths.max())} tokens, the text model takes {longest}; "
                 "lower data.processor.max_text_tokens or the number of views, or raise max_position_embeddings"
             )
-        out = self.text(inputs_embeds=self.embed(inputs), attention_mask=inputs.attention_mask)
-        return out.last_hidden_state
+        if packed:
+            states_TH = self.embed(inputs.token_ids[None], inputs)[0]
+            return self.text(**packed_arguments(self.text, states_TH, inputs.lengths)).last_hidden_state[0]
+        token_ids, attention_mask, places = inputs.padded()
+        out = self.text(inputs_embeds=self.embed(token_ids, inputs), attention_mask=attention_mask)
+        return out.last_hidden_state.flatten(0, 1)[places]
 
-    def embed(self, inputs: Inputs) -> Tensor:
-        """The interleaved sequence before the text model (N, L, H).
+    def embed(self, ids: Tensor, inputs: Inputs) -> Tensor:
+        """The interleaved sequence before the text model (N, L, H) of ids (N, L) and the media of the same items.
 
         Raises:
             ValueError: A kind of media has no tower here, or a tower's tokens do not fill its places exactly.
         """
-        ids = inputs.token_ids
         states = self.text.get_input_embeddings()(ids.clamp(min=0))
         for kind, views in inputs.media.items():
             if kind not in self.routes:

@@ -1,14 +1,19 @@
 """The encoder: backbone, mean pooling, projection; a prefix of its vector is a vector itself (MRL)."""
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from datamodules.processors.composed import Inputs
+from datamodules.processors.passes import PASS_COST, packs_of, passes_of
 from kernels.contrastive import check_prefixes
 from lightning_modules.encoder.composed import ComposedBackbone, ComposedConfig
+from lightning_modules.encoder.packing import runs_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,48 @@ class EncoderConfig:
             raise ValueError(f"the last prefix is {self.prefixes[-1]}; it must be the embedding's width {self.embedding_dim}")
 
 
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How a batch goes through the encoder. None of it changes a vector or a gradient; time and memory are what it changes.
+
+    Args:
+        layout: `packed`: items lie end to end, without padding. `padded`: in passes of like length. `auto`: packed where the
+            text model attends by SDPA and is not compiled.
+        max_tokens: Most tokens whose activations are in memory, padding included. What is more goes through in parts, all but
+            the last of them once more in the backward pass, with the same random numbers (GradCache, arXiv 2101.06983). None
+            sets no limit.
+        pass_cost: What a further padded pass costs, in tokens; see `passes_of`.
+        checkpoint_layers: Keep only the inputs of the layers of text model and towers, and run them again in the backward pass.
+        compile: Compile the text model (padded layout).
+    """
+
+    layout: Literal["auto", "packed", "padded"] = "auto"
+    max_tokens: int | None = None
+    pass_cost: int = PASS_COST
+    checkpoint_layers: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"compute.max_tokens is {self.max_tokens}; it must be at least 1, or null for no limit")
+        if self.compile and self.layout == "packed":
+            raise ValueError("compute.compile needs compute.layout=padded: packs are of a new shape at every step")
+
+
+class Part(NamedTuple):
+    """Items that go through the encoder together.
+
+    Args:
+        rows: Which of the batch, sorted by length (P,).
+        places: Their tokens, padding included.
+        again: Whether their activations are dropped and made again in the backward pass.
+    """
+
+    rows: np.ndarray
+    places: int
+    again: bool
+
+
 class Embedder(nn.Module):
     """Inputs to embeddings (N, D), not normalised; see `cut`.
 
@@ -46,6 +93,7 @@ class Embedder(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = ComposedBackbone(config.backbone, load_pretrained=load_pretrained)
+        self.use(ComputeConfig())
         width, hidden = self.backbone.width, config.hidden_dim
         if hidden is None:
             self.projection = nn.Sequential(nn.Linear(width, config.embedding_dim, bias=False))
@@ -54,18 +102,59 @@ class Embedder(nn.Module):
                 nn.Linear(width, hidden, bias=False), nn.Linear(hidden, config.embedding_dim, bias=False)
             )
 
+    def use(self, compute: ComputeConfig) -> None:
+        """Let batches go through so from now on.
+
+        Raises:
+            ValueError: They are to be packed, which the text model's attention cannot be.
+        """
+        if compute.layout == "packed" and not self.backbone.packs:
+            chosen = self.backbone.text.config._attn_implementation
+            raise ValueError(f"the text model attends by {chosen!r}, which cannot be packed; set compute.layout=auto")
+        self.compute = compute
+        self.packed = compute.layout == "packed" or (compute.layout == "auto" and self.backbone.packs and not compute.compile)
+        if compute.checkpoint_layers:
+            text = self.backbone.text
+            enable = getattr(text, "activation_checkpointing_enable", text.gradient_checkpointing_enable)  # its older name
+            enable({"use_reentrant": False})
+            for tower in self.backbone.towers.children():
+                tower.model.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        if compute.compile:
+            self.backbone.text.compile(dynamic=True)
+
+    def parts(self, lengths: np.ndarray) -> list[Part]:
+        """How items of these lengths (N,) go through: the last parts stay in memory, as many as the limit allows."""
+        most = self.compute.max_tokens
+        cut = packs_of(lengths, most) if self.packed else passes_of(lengths, self.compute.pass_cost, most)
+        places = [int(lengths[rows].sum() if self.packed else lengths[rows].max() * len(rows)) for rows in cut]
+        left = np.cumsum(places[::-1])[::-1]  # in this part and all after it
+        again = [most is not None and tokens > most for tokens in left[:-1]]
+        return [Part(*part) for part in zip(cut, places, [*again, False], strict=True)]
+
     def forward(self, inputs: Inputs) -> Tensor:
-        if len(inputs.passes) > 1:
-            places = torch.cat([rows for rows, _ in inputs.passes]).argsort()
-            return torch.cat([self(part) for part in inputs.in_passes()])[places]
-        states_NLH = self.backbone(inputs)
-        return self.projection(mean_pool(states_NLH, inputs.attention_mask)).float()
+        """Embeddings (N, D) in fp32, whatever parts the items go through in."""
+        parts, vectors = self.parts(inputs.lengths.numpy()), []
+        for rows, _, again in parts:
+            part = inputs.rows(rows)
+            if again and torch.is_grad_enabled():  # the tensor argument tells which device's random numbers to replay
+                vectors.append(checkpoint(self._embed, part.token_ids, part, use_reentrant=False))
+            else:
+                vectors.append(self._embed(part.token_ids, part))
+        places = torch.from_numpy(np.concatenate([part.rows for part in parts]).argsort())
+        return torch.cat(vectors)[places.to(inputs.token_ids.device)]
+
+    def _embed(self, token_ids: Tensor, inputs: Inputs) -> Tensor:
+        """Embeddings of items that go through together."""
+        del token_ids
+        states_TH = self.backbone(inputs, packed=self.packed)
+        return self.projection(mean_pool(states_TH, inputs.lengths)).float()
 
 
-def mean_pool(states_NLH: Tensor, mask_NL: Tensor) -> Tensor:
-    """Mean over all attended tokens (N, H)."""
-    weight_NL1 = mask_NL[..., None].to(states_NLH.dtype)
-    return (states_NLH * weight_NL1).sum(1) / weight_NL1.sum(1)
+def mean_pool(states_TH: Tensor, lengths: Tensor) -> Tensor:
+    """Mean over all tokens of each item (N, H), in fp32; items of equal length beside each other are one sum."""
+    runs = runs_of(lengths)
+    parts = states_TH.split([number * length for number, length in runs])
+    return torch.cat([part.unflatten(0, run).mean(1, dtype=torch.float32) for part, run in zip(parts, runs, strict=True)])
 
 
 def cut(embedding_ND: Tensor, prefix: int) -> Tensor:
@@ -91,25 +180,29 @@ def probe(encoder: Embedder) -> None:
     training = encoder.training
     encoder.eval()
     device = next(encoder.parameters()).device
-    random = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, encoder.backbone.vocab_size, (2, 12), generator=random).to(device)
-    ids[1, :-1] = ids[0, :-1]
-    ids[1, -1] = (ids[0, -1] + 1) % encoder.backbone.vocab_size
-    whole = Inputs(ids, torch.ones_like(ids))
-    states = encoder.backbone(whole)
-    moved = (states[0, 0] - states[1, 0]).abs().max().item()
+    random, size = torch.Generator().manual_seed(0), encoder.backbone.vocab_size
+    ids = torch.randint(2, size, (12,), generator=random)
+    changed = ids.clone()
+    changed[-1] = (ids[-1] + 1) % size
+
+    def inputs(*items: Tensor) -> Inputs:
+        return Inputs(torch.cat(items), torch.tensor([len(item) for item in items])).to(device)
+
+    one, other = (encoder.backbone(inputs(item), packed=encoder.packed)[0] for item in (ids, changed))
+    moved = (one - other).abs().max().item()
     if not moved > 1e-6:
         raise ValueError(
             f"the backbone is still causal: changing the last token moved the first token's state by {moved:.1e}; "
             "choose a text model that `is_causal = False` makes bidirectional, or another attention implementation"
         )
-    alone = encoder(Inputs(ids[:1, :7], torch.ones_like(ids[:1, :7])))
-    mask = torch.ones_like(ids)
-    mask[0, 7:] = 0
-    beside = encoder(Inputs(ids, mask))[:1]
+    items = (ids[:7], changed, ids[:3])
+    alone = torch.cat([mean_pool(encoder.backbone(inputs(item)), torch.tensor([len(item)])) for item in items])
+    beside = mean_pool(encoder.backbone(inputs(*items), packed=encoder.packed), torch.tensor([len(item) for item in items]))
     leak = (F.normalize(alone, dim=-1) - F.normalize(beside, dim=-1)).abs().max().item()
-    if not leak < (1e-4 if alone.dtype == torch.float32 and not torch.is_autocast_enabled(device.type) else 2e-2):
+    is_exact = one.dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    if not leak < (1e-4 if is_exact else 2e-2):
         raise ValueError(
             f"padding or a batch neighbour moves a vector by {leak:.1e}; this backbone does not respect its attention mask"
+            + (", or cannot be packed: set model.compute.layout=padded" if encoder.packed else "")
         )
     encoder.train(training)

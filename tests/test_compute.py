@@ -1,0 +1,194 @@
+"""Promises of how a batch goes through the encoder: packed, padded, in parts and again, with the same vectors and gradients."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import TINY_TEXT
+from test_encoder import ITEMS
+from transformers import AutoConfig
+
+from datamodules.processors.composed import Inputs
+from datamodules.processors.passes import packs_of, passes_of
+from lightning_modules.encoder.composed import ComposedConfig
+from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig, probe
+
+NO_PADDING = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+FAMILIES = {
+    "qwen3": {},
+    "gemma3_text": {"sliding_window": 6, "num_hidden_layers": 3},
+    "mistral": {"sliding_window": 6},
+    "llama": {},
+    "bert": {},
+    "roberta": {},
+    "xlm-roberta": {},
+    "electra": {},
+    "modernbert": {**NO_PADDING, "cls_token_id": 1, "sep_token_id": 1, "local_attention": 8},
+}
+
+
+def texts(*lengths: int, seed: int = 0) -> Inputs:
+    random = torch.Generator().manual_seed(seed)
+    return Inputs(torch.randint(2, 300, (sum(lengths),), generator=random), torch.tensor(lengths))
+
+
+def encoder_of(family: str = "qwen3", **fields) -> Embedder:
+    torch.manual_seed(0)
+    known = AutoConfig.for_model(family)
+    text = {name: value for name, value in TINY_TEXT.items() if hasattr(known, name)}
+    text |= {**FAMILIES[family], **fields, "model_type": family}
+    encoder = Embedder(EncoderConfig(ComposedConfig(text=text), embedding_dim=16, prefixes=(16,))).eval()
+    for parameter in encoder.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return encoder
+
+
+def vectors_and_gradients(encoder: Embedder, inputs: Inputs, compute: ComputeConfig) -> list[torch.Tensor]:
+    """Under one seed, for what is drawn at random."""
+    encoder.use(compute)
+    encoder.zero_grad()
+    torch.manual_seed(1)
+    vectors = encoder(inputs)
+    (vectors * torch.linspace(-1, 1, vectors.numel()).view_as(vectors)).sum().backward()
+    torch.rand(1)
+    return [vectors.detach(), *(p.grad.clone() for p in encoder.parameters() if p.grad is not None)]
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-5) -> None:
+    largest = max(float(one.abs().max()) for one in expected[1:])
+    torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=tolerance)
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_is_padded_is_cached(family):
+    encoder, inputs = encoder_of(family), texts(3, 9, 1, 9, 20, 5, 3, 12)
+    expected = vectors_and_gradients(encoder, inputs, ComputeConfig("padded", pass_cost=10**6))
+    assert encoder.parts(inputs.lengths.numpy())[0].places == 8 * 20
+    for compute in (
+        ComputeConfig(),
+        ComputeConfig("padded", pass_cost=4),
+        ComputeConfig("packed", max_tokens=20),
+        ComputeConfig("padded", max_tokens=20),
+        ComputeConfig(checkpoint_layers=True, max_tokens=20),
+    ):
+        assert_same(vectors_and_gradients(encoder, inputs, compute), expected)
+        assert encoder.packed == (compute.layout != "padded")
+        probe(encoder)
+
+
+def test_media_go_through_in_parts_too(tiny_encoder, processor):
+    inputs = processor(ITEMS)
+    expected = vectors_and_gradients(tiny_encoder, inputs, ComputeConfig("padded", pass_cost=10**6))
+    for compute in (ComputeConfig(), ComputeConfig(max_tokens=60), ComputeConfig("padded", max_tokens=60)):
+        assert_same(vectors_and_gradients(tiny_encoder, inputs, compute), expected)
+    assert len(tiny_encoder.parts(inputs.lengths.numpy())) > 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpoint_layers", [False, True])
+def test_activations_made_again_meet_the_same_random_numbers(dtype, checkpoint_layers):
+    encoder, inputs = (
+        encoder_of("bert", attention_probs_dropout_prob=0.3, hidden_dropout_prob=0.3).train(),
+        texts(*range(1, 12)),
+    )
+    whole = vectors_and_gradients(encoder, inputs, ComputeConfig())
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        runs = {}
+        for again in (False, True):  # the same parts, kept or not
+            compute = ComputeConfig(max_tokens=20, checkpoint_layers=checkpoint_layers and again)
+            encoder.use(compute)
+            parts = [part._replace(again=again) for part in encoder.parts(inputs.lengths.numpy())]
+            encoder.parts = lambda lengths, parts=parts: parts
+            runs[again] = vectors_and_gradients(encoder, inputs, compute)
+    assert len(parts) > 3
+    assert_same(runs[True], runs[False], 1e-6)
+    assert not torch.allclose(runs[True][0], whole[0], atol=1e-2)  # dropout is on: other parts draw other numbers
+
+
+def test_only_the_last_parts_are_kept():
+    encoder = encoder_of()
+    lengths = np.array([5] * 10)
+    for most, again in ((None, [False]), (50, [False]), (49, [True, False]), (25, [True, False]), (20, [True, True, False])):
+        encoder.use(ComputeConfig(max_tokens=most))
+        parts = encoder.parts(lengths)
+        assert [part.again for part in parts] == again
+        assert most is None or all(part.places <= most for part in parts)
+        assert sorted(np.concatenate([part.rows for part in parts]).tolist()) == list(range(10))
+
+
+def test_nothing_is_made_again_without_gradients(monkeypatch):
+    encoder, calls = encoder_of(), []
+    encoder.use(ComputeConfig(max_tokens=10))
+    forward = encoder.backbone.forward
+    monkeypatch.setattr(encoder.backbone, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    with torch.no_grad():
+        encoder(texts(5, 5, 5, 5))
+    assert len(calls) == 2
+    encoder(texts(5, 5, 5, 5)).sum().backward()
+    assert len(calls) == 5
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=80), st.integers(0, 200), st.one_of(st.none(), st.integers(1, 200)))
+def test_every_row_is_in_one_part_within_the_limit(lengths, pass_cost, most):
+    sizes = np.array(lengths)
+    for parts, places in (
+        (passes_of(sizes, pass_cost, most), lambda rows: sizes[rows].max() * len(rows)),
+        (packs_of(sizes, most), lambda rows: sizes[rows].sum()),
+    ):
+        assert sorted(np.concatenate(parts).tolist()) == list(range(len(lengths)))
+        assert [int(n) for n in sizes[np.concatenate(parts)]] == sorted(lengths)
+        assert all(most is None or places(rows) <= most or len(rows) == 1 for rows in parts)
+
+
+def test_passes_are_the_cheapest_cut():
+    """Against every way to cut seven lengths."""
+    sizes, cost = np.array([3, 4, 4, 9, 10, 30, 31]), 7
+    cheapest = min(
+        sum(sizes[start:stop].max() * (stop - start) + cost for start, stop in zip((0, *cuts), (*cuts, 7), strict=True))
+        for number in range(7)
+        for cuts in itertools.combinations(range(1, 7), number)
+    )
+    assert sum(sizes[rows].max() * len(rows) + cost for rows in passes_of(sizes, cost)) == cheapest
+
+
+def test_what_cannot_be_packed_is_padded_or_refused():
+    config = ComposedConfig(text=dict(TINY_TEXT), attention="eager")
+    eager = Embedder(EncoderConfig(config, embedding_dim=16, prefixes=(16,)))
+    assert not eager.packed
+    with pytest.raises(ValueError, match="attends by 'eager', which cannot be packed"):
+        eager.use(ComputeConfig("packed"))
+    with pytest.raises(ValueError, match=r"compute\.compile needs compute\.layout=padded"):
+        ComputeConfig("packed", compile=True)
+    with pytest.raises(ValueError, match=r"compute\.max_tokens is 0"):
+        ComputeConfig(max_tokens=0)
+
+
+def test_the_probe_refuses_to_pack_what_leaks_from_item_to_item(monkeypatch):
+    encoder = encoder_of()
+    layer = encoder.backbone.text.layers[0]
+    forward = layer.forward
+
+    def mixes(states, *arguments, **more):
+        return forward(states + 0.1 * F.pad(states, (0, 0, 1, 0))[:, :-1], **more)
+
+    monkeypatch.setattr(layer, "forward", mixes)
+    with pytest.raises(ValueError, match="or cannot be packed"):
+        probe(encoder)
+    encoder.use(ComputeConfig("padded"))
+    probe(encoder)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at all of them
+def test_a_compiled_text_model_gives_the_same_vectors():
+    encoder, inputs = encoder_of(), texts(3, 9, 9, 20, 12)
+    expected = vectors_and_gradients(encoder, inputs, ComputeConfig("padded"))
+    assert_same(vectors_and_gradients(encoder, inputs, ComputeConfig(compile=True)), expected)
+    assert not encoder.packed
