@@ -37,7 +37,7 @@ def packed_arguments(text: Any, states_TH: Tensor, lengths: Tensor) -> dict[str,
 
 def _first_position(text: Any) -> int:
     """Position of an item's first token: the families after RoBERTa count from behind their padding's."""
-    embeddings = getattr(text, "embeddings", None)
+    embeddings: Any = getattr(text, "embeddings", None)
     return embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_inputs_embeds") else 0
 
 
