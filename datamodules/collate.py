@@ -28,6 +28,8 @@ class Batch:
         negative: Model inputs of the hard negatives (M items), or None.
         negative_id: Their content ids (M,) int64, or None.
         negative_row: The example each belongs to (M,) int64, or None.
+        query_vector, target_vector: A teacher's vectors (B, T) fp32, rows of NaN where it has none; None if it has none at all.
+        negative_vector: The same of the hard negatives (M, T).
         faults: Bad examples that others took the place of, see `datamodules.stream.Fault`.
     """
 
@@ -41,6 +43,9 @@ class Batch:
     negative: Inputs | None = None
     negative_id: Tensor | None = None
     negative_row: Tensor | None = None
+    query_vector: Tensor | None = None
+    target_vector: Tensor | None = None
+    negative_vector: Tensor | None = None
     faults: tuple[Any, ...] = ()
 
     def to(self, device: torch.device | str) -> Self:
@@ -51,6 +56,10 @@ class Batch:
             if isinstance(value := getattr(self, field.name), Tensor | Inputs)
         }
         return dataclasses.replace(self, **moved)
+
+    def pairs(self) -> Self:
+        """The batch without its hard negatives."""
+        return dataclasses.replace(self, negative=None, negative_id=None, negative_row=None, negative_vector=None)
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,8 @@ class Collate:
             faults: Go into the batch.
 
         Raises:
-            ValueError: An example has no query, no target, or no label where the task compares labels.
+            ValueError: An example has no query, no target, or no label where the task compares labels; or the teacher's vectors
+                differ in width.
         """
         spec = self.tasks[task]
         for example in examples:
@@ -97,6 +107,7 @@ class Collate:
             for place, (row, example) in enumerate(zip(rows.tolist(), examples, strict=True))
             for negative in self._chosen(example, spec.negatives, step, row)
         ]
+        teacher_dim = _teacher_dim(task, [*queries, *targets, *(item for _, item in negatives)])
         hard = {}
         if negatives:
             hard = {
@@ -114,6 +125,9 @@ class Collate:
             target=self.processor([with_prompt(item, spec.target_prompt) for item in targets]),
             query_id=_ids(item.content_id for item in queries),
             target_id=_ids(target_id(example, spec) for example in examples),
+            query_vector=_vectors(queries, teacher_dim),
+            target_vector=_vectors(targets, teacher_dim),
+            negative_vector=_vectors([item for _, item in negatives], teacher_dim),
             faults=faults,
             **hard,
         )
@@ -155,6 +169,29 @@ def with_prompt(item: Item, template: str | None) -> Item:
     text = "\n".join(str(part.data) for part in item.parts)
     prompted = apply_prompt(template, text, item.title)
     return Item((Part("text", prompted, content=prompted),))
+
+
+def _teacher_dim(task: str, items: Sequence[Item]) -> int:
+    """The width of the teacher's vectors; 0 if no item has one.
+
+    Raises:
+        ValueError: They differ in width.
+    """
+    dims = {len(item.teacher) for item in items if item.teacher is not None}
+    if len(dims) > 1:
+        raise ValueError(f"task {task!r}: examples have teacher vectors of widths {sorted(dims)}; they must be one teacher's")
+    return dims.pop() if dims else 0
+
+
+def _vectors(items: Sequence[Item], teacher_dim: int) -> Tensor | None:
+    """The teacher's vectors of items (R, T), rows of NaN where it has none; None if T is 0 or there are no items."""
+    if not teacher_dim or not items:
+        return None
+    rows = np.full((len(items), teacher_dim), np.nan, dtype=np.float32)
+    for row, item in zip(rows, items, strict=True):
+        if item.teacher is not None:
+            row[:] = item.teacher
+    return torch.from_numpy(rows)
 
 
 def _ids(values: Iterable[int]) -> Tensor:

@@ -52,7 +52,7 @@ def _limited(items: list[Item], limits: DecodeLimits) -> AbstractContextManager[
 
 
 def _decoded(item: Item, limits: DecodeLimits) -> Item:
-    return Item(tuple(decode_part(part, limits) for part in item.parts), item.title)
+    return dataclasses.replace(item, parts=tuple(decode_part(part, limits) for part in item.parts))
 
 
 def decode_part(part: Part, limits: DecodeLimits) -> Part:

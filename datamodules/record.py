@@ -1,9 +1,10 @@
 """An Example and the files of its WebDataset sample: of our own layout, or of a tar that somebody else wrote.
 
 Ours is `<key>.json` followed by its media, named by the place they fill: `<key>.query.0.jpg` is part 0 of the query,
-`<key>.negative1.0.ogg` part 0 of the second hard negative. The JSON is
+`<key>.negative1.0.ogg` part 0 of the second hard negative, `<key>.negative1.npy` a teacher's vector of it. The JSON is
 
-    {"query": {"parts": [{"kind": "text", "text": ".."}, {"kind": "image", "file": "query.1.jpg"}], "title": ".."},
+    {"query": {"parts": [{"kind": "text", "text": ".."}, {"kind": "image", "file": "query.1.jpg"}], "title": "..",
+               "teacher": "query.npy"},
      "target": {..}, "negatives": [{..}], "label": "..", "score": 1.0, "relevant": {"<key>": 1.0}, "meta": {..}}
 
 with absent fields left out. Of other tars, `Columns` says which fields make a query and a target.
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from datamodules.sample import KINDS, TEXT_KINDS, Example, Item, Part
+from datamodules.vector import from_npy, to_npy
 
 MAX_JSON_BYTES = 16 * 2**20  # our choice
 KIND_OF = {
@@ -78,10 +80,10 @@ def _taken_apart(field: str) -> tuple[str, str, str]:
 
 
 def to_record(example: Example) -> dict[str, Any]:
-    """An example as WebDataset writes it: `__key__`, `json`, and one entry per media file.
+    """An example as WebDataset writes it: `__key__`, `json`, and one entry per file of media or vector.
 
     Raises:
-        ValueError: The key cannot be a file's name in a tar.
+        ValueError: The key cannot be a file's name in a tar; a teacher's vector is none.
     """
     if any(character in "./\\" or character.isspace() for character in example.key):
         raise ValueError(f"bad example key {example.key!r}: a shard's keys hold no dot, slash or white space")
@@ -97,7 +99,11 @@ def to_record(example: Example) -> dict[str, Any]:
                 assert isinstance(part.data, bytes)
                 files[file] = part.data
                 parts.append({"kind": part.kind, "file": file})
-        return {"parts": parts} if value.title is None else {"parts": parts, "title": value.title}
+        described: dict[str, Any] = {"parts": parts} if value.title is None else {"parts": parts, "title": value.title}
+        if value.teacher is not None:
+            described["teacher"] = f"{name}.npy"
+            files[f"{name}.npy"] = to_npy(value.teacher)
+        return described
 
     record: dict[str, Any] = {}
     if example.query is not None:
@@ -189,7 +195,8 @@ DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)  # 
 def _item(value: Any, files: Mapping[str, bytes]) -> Item:
     value = _checked(value, dict, "an item")
     parts = [_part(_checked(part, dict, "a part"), files) for part in _checked(value.get("parts"), list, "`parts`")]
-    return Item(tuple(parts), _optional(value, "title", str))
+    teacher = _optional(value, "teacher", str)
+    return Item(tuple(parts), _optional(value, "title", str), None if teacher is None else from_npy(_file(files, teacher)))
 
 
 def _part(part: Mapping[str, Any], files: Mapping[str, bytes]) -> Part:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 TEXT_KINDS = ("text", "code")
 MEDIA_KINDS = ("image", "page", "audio", "video")
 KINDS = TEXT_KINDS + MEDIA_KINDS
@@ -52,10 +54,18 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Interleaved parts that become one vector; `title` is used by prompts that name it."""
+    """Interleaved parts that become one vector.
+
+    Args:
+        parts: What it consists of.
+        title: Used by prompts that name it.
+        teacher: Another model's vector of it (T,), float16 or float32, for embedding matching; no part of the content. See
+            `datamodules.vector`.
+    """
 
     parts: tuple[Part, ...]
     title: str | None = None
+    teacher: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.parts:

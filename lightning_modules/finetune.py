@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from datamodules.collate import Batch
-from lightning_modules.objective.objective import objective
 from lightning_modules.stage import Stage
 
 
@@ -12,17 +11,19 @@ class FineTune(Stage):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         del batch_idx
-        out = objective(
-            self.objective_config,
-            self.encoder(batch.query),
-            self.encoder(batch.target),
+        query, target, negative = self.vectors(batch)
+        out = self.objective(
+            query,
+            target,
+            negative,
             query_id=batch.query_id,
             target_id=batch.target_id,
-            prefixes=self.prefixes,
-            progress=self.progress,
-            temperature=self.temperature,
-            negative_MD=None if batch.negative is None else self.encoder(batch.negative),
             negative_id=batch.negative_id,
             negative_row=batch.negative_row,
+            query_vector=batch.query_vector,
+            target_vector=batch.target_vector,
+            negative_vector=batch.negative_vector,
+            task=batch.task,
+            progress=self.progress,
         )
         return self.minimised(batch, out)

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from datamodules.collate import Batch
-from lightning_modules.objective.objective import objective
 from lightning_modules.stage import Stage
 
 
@@ -12,14 +11,15 @@ class PreFineTune(Stage):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         del batch_idx
-        out = objective(
-            self.objective_config,
-            self.encoder(batch.query),
-            self.encoder(batch.target),
+        query, target, _ = self.vectors(batch.pairs())
+        out = self.objective(
+            query,
+            target,
             query_id=batch.query_id,
             target_id=batch.target_id,
-            prefixes=self.prefixes,
+            query_vector=batch.query_vector,
+            target_vector=batch.target_vector,
+            task=batch.task,
             progress=self.progress,
-            temperature=self.temperature,
         )
         return self.minimised(batch, out)

@@ -15,7 +15,6 @@ from torch import Tensor
 from datamodules.collate import Batch
 from datamodules.order import generator
 from datamodules.training import TrainingData
-from kernels.contrastive import check_prefixes
 from lightning_modules.encoder.checkpoint import (
     load_encoder,
     load_weights,
@@ -27,7 +26,8 @@ from lightning_modules.encoder.checkpoint import (
 )
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig, probe
 from lightning_modules.guard import Guard
-from lightning_modules.objective.objective import Objective, ObjectiveConfig
+from lightning_modules.objective.health import CollapseWatch, first_line
+from lightning_modules.objective.objective import Objective, ObjectiveConfig, ObjectiveLoss
 from lightning_modules.optimizer import OptimizerConfig, adamw, warmup_cosine
 
 
@@ -55,7 +55,7 @@ class Stage(L.LightningModule):
     ) -> None:
         super().__init__()
         self.guard = Guard()
-        self.init_from, self.objective_config, self.optimizer_config = init_from, objective, optimizer
+        self.init_from, self.optimizer_config = init_from, optimizer
         self.snapshot_every = snapshot_every
         if encoder is not None:
             self.encoder = Embedder(encoder, load_pretrained=init_from is None)
@@ -67,9 +67,8 @@ class Stage(L.LightningModule):
             raise ValueError("give model.encoder (a new encoder's shape) or model.init_from (an encoder's folder)")
         own = self.encoder.config
         self.prefixes = own.prefixes if prefixes is None else prefixes
-        check_prefixes(self.prefixes, own.embedding_dim)
-        if objective.learn_temperature:
-            self.log_temperature = torch.nn.Parameter(torch.tensor(objective.temperature).log())
+        self.objective = Objective(objective, prefixes=self.prefixes, embedding_dim=own.embedding_dim)
+        self.collapse = CollapseWatch()
 
     @property
     def data(self) -> TrainingData:
@@ -81,11 +80,6 @@ class Stage(L.LightningModule):
     def progress(self) -> float:
         """Share of the run that is over, in [0, 1]."""
         return min(1.0, self.global_step / max(1, self.trainer.max_steps))
-
-    @property
-    def temperature(self) -> Tensor | None:
-        """The learnt temperature, or None when it is not learnt."""
-        return self.log_temperature.exp() if self.objective_config.learn_temperature else None
 
     def configure_callbacks(self) -> list[Callback]:
         return [self.guard]
@@ -123,7 +117,8 @@ class Stage(L.LightningModule):
         del outputs, batch_idx
         rate = len(batch.keys) * self.trainer.world_size / (time.perf_counter() - self._began)
         skipped = {"skipped_updates": float(self.guard.num_skipped)}
-        self._write_log({**self._parts, **self._noted, **skipped, "examples_per_second": rate}, batch.task)
+        told = self._told(batch.step)
+        self._write_log({**self._parts, **self._noted, **skipped, **told, "examples_per_second": rate}, batch.task)
         if self.snapshot_every and self.global_step % self.snapshot_every == 0 and self.global_step < self.trainer.max_steps:
             self._save(f"encoder-{self.global_step:06d}")
 
@@ -131,14 +126,31 @@ class Stage(L.LightningModule):
         if not self.guard.stopped:
             self._save("encoder")
 
-    def minimised(self, batch: Batch, out: Objective) -> Tensor:
+    def vectors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Embeddings of a batch's queries (B, D), targets (B, D) and hard negatives (M, D), None where it has none."""
+        query, target = self.encoder(batch.query), self.encoder(batch.target)
+        return query, target, None if batch.negative is None else self.encoder(batch.negative)
+
+    def minimised(self, batch: Batch, out: ObjectiveLoss) -> Tensor:
         """What is minimised, once its parts are noted for the log, and for the guard whether it is finite."""
         self.guard.see_loss(out.total.detach())
         columns = (batch.query, batch.target, batch.negative)
         truncated = float(sum(inputs.num_truncated for inputs in columns if inputs is not None))
-        self._parts = {**{name: value.item() for name, value in out.parts.items()}, "truncated_items": truncated}
-        self.log("loss", out.total.detach(), prog_bar=True, logger=False)
+        values = torch.stack([value.double() for value in out.parts.values()]).tolist()  # waits for the device once
+        self._parts = {**dict(zip(out.parts, values, strict=True)), "truncated_items": truncated}
+        self.log("loss", out.parts["loss"], prog_bar=True, logger=False)
         return out.total
+
+    def _told(self, step: int) -> dict[str, float]:
+        """Whether the embeddings have collapsed, for the log; on the screen that, and the first loss of a run from scratch."""
+        lines = [self.collapse.see(self._parts)]
+        prefix = self.prefixes[0]
+        if step == 0 and self.init_from is None and f"loss@{prefix}" in self._parts:
+            lines.append(first_line(self._parts, prefix, both=self.objective.config.directions == "both"))
+        if self.trainer.is_global_zero:
+            for line in filter(None, lines):
+                print(line, flush=True)
+        return {"collapsed": float(self.collapse.is_collapsed)}
 
     def _write_log(self, parts: dict[str, float], task: str) -> None:
         """One step's values under its task's name.
