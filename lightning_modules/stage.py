@@ -28,7 +28,7 @@ from lightning_modules.encoder.embedder import Embedder, EncoderConfig, probe
 from lightning_modules.guard import Guard
 from lightning_modules.objective.health import CollapseWatch, first_line
 from lightning_modules.objective.objective import Objective, ObjectiveConfig, ObjectiveLoss
-from lightning_modules.optimizer import OptimizerConfig, adamw, warmup_cosine
+from lightning_modules.optimizer import OptimizerConfig, base_rate, freeze, optimizer_of, warmup_cosine
 
 
 class Stage(L.LightningModule):
@@ -38,7 +38,7 @@ class Stage(L.LightningModule):
         encoder: Shape of a new encoder; None takes that of `init_from`.
         init_from: An encoder's folder to start from; None starts from the encoder's own (random or pretrained) weights.
         objective: Terms and their weights.
-        optimizer: Learning rate and schedule.
+        optimizer: Rule, learning rates and schedule.
         prefixes: Widths that are trained; None means those of the encoder.
         snapshot_every: Steps after which the encoder is also kept as `encoder-<step>`, for soups; None keeps the last only.
     """
@@ -69,6 +69,7 @@ class Stage(L.LightningModule):
         self.prefixes = own.prefixes if prefixes is None else prefixes
         self.objective = Objective(objective, prefixes=self.prefixes, embedding_dim=own.embedding_dim)
         self.collapse = CollapseWatch()
+        freeze(self, optimizer)
 
     @property
     def data(self) -> TrainingData:
@@ -87,7 +88,7 @@ class Stage(L.LightningModule):
     def configure_optimizers(self) -> Any:
         if self.trainer.max_steps < 1:
             raise ValueError(f"trainer.max_steps is {self.trainer.max_steps}; the schedule needs the run's number of steps")
-        optimizer = adamw(self, self.optimizer_config)
+        optimizer = optimizer_of(self, self.optimizer_config)
         schedule = warmup_cosine(optimizer, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -111,7 +112,7 @@ class Stage(L.LightningModule):
         self._noted = self.data.note(batch)
         random = generator(self.data.seed, "training step", batch.step, self.global_rank)
         torch.manual_seed(int(random.integers(2**63)))  # what draws at random in a step draws the same after a resume
-        self._learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._learning_rate = base_rate(self.trainer.optimizers[0])
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         del outputs, batch_idx

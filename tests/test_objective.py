@@ -17,7 +17,6 @@ from kernels.spread_out import spread_out_loss
 from lightning_modules.objective.health import CollapseWatch, first_line, guarded_share, health
 from lightning_modules.objective.objective import Objective, ObjectiveConfig
 from lightning_modules.objective.queue import Queue
-from lightning_modules.optimizer import OptimizerConfig, adamw, factor_of
 
 RANDOM = torch.Generator().manual_seed(0)
 QUERY, TARGET = torch.randn(2, 6, 8, generator=RANDOM)
@@ -344,23 +343,6 @@ def test_rank_fusion_has_its_golden_values():
     assert fused == pytest.approx([0.03226646, 0.03252247, 0.03125763, 0.03175403, 0.03100962], abs=5e-9)
     with pytest.raises(ValueError, match="all must rank the same"):
         reciprocal_rank_fusion([[1, 2], [1]])
-
-
-def test_the_rate_rises_over_the_warmup_and_falls_to_zero():
-    factor = factor_of(0.1, 100)
-    assert [factor(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert factor(55) == pytest.approx(0.5)
-    assert factor(100) == pytest.approx(0, abs=1e-12)
-    assert factor(10) == pytest.approx((1 + math.cos(0)) / 2)
-
-
-def test_only_matrices_decay_and_frozen_weights_stay_out():
-    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    module[0].weight.requires_grad_(False)
-    groups = adamw(module, OptimizerConfig(weight_decay=0.1)).param_groups
-    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.1), (2, 0.0)]
-    with pytest.raises(ValueError, match="learning_rate is -1"):
-        OptimizerConfig(learning_rate=-1)
 
 
 @pytest.mark.parametrize("contents", [1, 3, 40])
