@@ -2,6 +2,7 @@
 
 import gc
 import io
+import json
 import struct
 import warnings
 import zlib
@@ -47,8 +48,7 @@ TINY = [
     "model.encoder.backbone.text.intermediate_size=48",
     "model.encoder.backbone.text.num_hidden_layers=1",
     "model.encoder.backbone.text.head_dim=8",
-    "model.encoder.backbone.towers.image.arguments={embed_dim:24,depth:1,num_heads:2,class_token:false,global_pool:''}",
-    "model.encoder.backbone.towers.spectrogram.arguments={embed_dim:24,depth:1,num_heads:2,class_token:false,global_pool:''}",
+    *(f"model.encoder.backbone.towers.{name}.arguments={json.dumps(TINY_VIT)}" for name in ("image", "spectrogram")),
 ]
 
 
