@@ -14,6 +14,7 @@ from torch import Tensor
 
 from datamodules.collate import Batch
 from datamodules.order import generator
+from datamodules.processors.composed import Inputs
 from datamodules.training import TrainingData
 from lightning_modules.encoder.checkpoint import (
     load_encoder,
@@ -24,7 +25,7 @@ from lightning_modules.encoder.checkpoint import (
     save_encoder,
     trainable,
 )
-from lightning_modules.encoder.embedder import Embedder, EncoderConfig, probe
+from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig, probe, require_cached_is_plain
 from lightning_modules.guard import Guard
 from lightning_modules.objective.health import CollapseWatch, first_line
 from lightning_modules.objective.objective import Objective, ObjectiveConfig, ObjectiveLoss
@@ -40,6 +41,9 @@ class Stage(L.LightningModule):
         objective: Terms and their weights.
         optimizer: Rule, learning rates and schedule.
         prefixes: Widths that are trained; None means those of the encoder.
+        compute: How a batch goes through the encoder: memory and time.
+        compare_cached: Compare, on the first batch, the gradients of a batch in parts with those of a whole one, which must fit
+            into memory.
         snapshot_every: Steps after which the encoder is also kept as `encoder-<step>`, for soups; None keeps the last only.
     """
 
@@ -51,6 +55,8 @@ class Stage(L.LightningModule):
         objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008 (frozen)
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         prefixes: tuple[int, ...] | None = None,
+        compute: ComputeConfig = ComputeConfig(),  # noqa: B008 (frozen)
+        compare_cached: bool = False,
         snapshot_every: int | None = None,
     ) -> None:
         super().__init__()
@@ -69,6 +75,8 @@ class Stage(L.LightningModule):
         self.prefixes = own.prefixes if prefixes is None else prefixes
         self.objective = Objective(objective, prefixes=self.prefixes, embedding_dim=own.embedding_dim)
         self.collapse = CollapseWatch()
+        self.encoder.use(compute)
+        self._compared = not compare_cached
         freeze(self, optimizer)
 
     @property
@@ -129,8 +137,14 @@ class Stage(L.LightningModule):
 
     def vectors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Embeddings of a batch's queries (B, D), targets (B, D) and hard negatives (M, D), None where it has none."""
-        query, target = self.encoder(batch.query), self.encoder(batch.target)
-        return query, target, None if batch.negative is None else self.encoder(batch.negative)
+        columns = [batch.query, batch.target, *([] if batch.negative is None else [batch.negative])]
+        inputs = Inputs.join(columns)
+        if not self._compared:
+            require_cached_is_plain(self.encoder, inputs)
+            self._compared = True
+        vectors = self.encoder(inputs).split([len(column) for column in columns])
+        self._noted["padding"] = self.encoder.padding(inputs)
+        return vectors[0], vectors[1], vectors[2] if len(vectors) > 2 else None
 
     def minimised(self, batch: Batch, out: ObjectiveLoss) -> Tensor:
         """What is minimised, once its parts are noted for the log, and for the guard whether it is finite."""

@@ -1,5 +1,6 @@
 """The encoder: backbone, mean pooling, projection; a prefix of its vector is a vector itself (MRL)."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -131,6 +132,11 @@ class Embedder(nn.Module):
         again = [most is not None and tokens > most for tokens in left[:-1]]
         return [Part(*part) for part in zip(cut, places, [*again, False], strict=True)]
 
+    def padding(self, inputs: Inputs) -> float:
+        """Share of what goes through for these items that is padding."""
+        lengths = inputs.lengths.numpy()
+        return 1.0 - float(lengths.sum()) / sum(part.places for part in self.parts(lengths))
+
     def forward(self, inputs: Inputs) -> Tensor:
         """Embeddings (N, D) in fp32, whatever parts the items go through in."""
         parts, vectors = self.parts(inputs.lengths.numpy()), []
@@ -206,3 +212,32 @@ def probe(encoder: Embedder) -> None:
             + (", or cannot be packed: set model.compute.layout=padded" if encoder.packed else "")
         )
     encoder.train(training)
+
+
+def require_cached_is_plain(encoder: Embedder, inputs: Inputs) -> None:
+    """Compare the gradients of items in parts, run again where the limit demands it, with those of all of them at once.
+
+    Raises:
+        ValueError: They differ: something in the encoder sees its neighbours, or draws what cannot be replayed.
+    """
+    parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    compute, training = encoder.compute, encoder.training
+    encoder.eval()  # other parts draw other random numbers
+    gradients = []
+    for most in (None, compute.max_tokens):
+        encoder.use(dataclasses.replace(compute, max_tokens=most))
+        vectors = encoder(inputs)
+        weight = torch.linspace(-1, 1, vectors.numel(), device=vectors.device).view_as(vectors)
+        found = torch.autograd.grad((F.normalize(vectors, dim=-1) * weight).sum(), parameters, allow_unused=True)
+        gradients.append(torch.cat([x.flatten().float() for x in found if x is not None]))
+    encoder.use(compute)
+    encoder.train(training)
+    plain, cached = gradients
+    difference = ((cached - plain).norm() / plain.norm()).item()
+    is_exact = not torch.is_autocast_enabled(inputs.token_ids.device.type)
+    if not difference < (1e-4 if is_exact else 5e-2):
+        raise ValueError(
+            f"gradients of a batch in parts differ from those of a whole one by {difference:.1e} of their length; "
+            "this encoder cannot be trained with model.compute.max_tokens"
+        )
+    print(f"gradients in parts are those of a whole batch to {difference:.1e}")
