@@ -9,9 +9,10 @@ product of 2·B·X·D operations passes the scores of every prefix. With a the r
     dQ[block j] = W_j X_j − (Σ_{k ≥ j} t_k / |q|²) Q_j with t_k = Σ_x G_k s_k;  dX with the sums over rows
     dτ = −Σ t / τ
 
-The loss is a scalar, so its gradients are made with it and the backward pass only scales them. No B × X matrix ever exists, and
-every sum has a fixed order. Letters as in `kernels.problem`; R rows of a chunk, whose products are one call of the matrix
-library, S rows of a slab, whose scores at all prefixes stay in the cache while they are worked on.
+With a margin, Σ_x leaves out what has L > margin / τ. The loss is a scalar, so its gradients are made with it and the backward
+pass only scales them. No B × X matrix ever exists, and every sum has a fixed order. Letters as in `kernels.problem`; R rows of
+a chunk, whose products are one call of the matrix library, S rows of a slab, whose scores at all prefixes stay in the cache
+while they are worked on.
 """
 
 import itertools
@@ -101,6 +102,8 @@ class _Pass:
         excess_KSX = torch.mul(score_KSX, self.scale_KB[:, rows, None], out=slab_KSX)
         excess_KSX.sub_(self.own_score_KB[:, rows, None])
         self.unseen.fill(excess_KSX, start)
+        if self.problem.margin is not None:
+            excess_KSX.masked_fill_(excess_KSX > self.problem.margin / self.problem.temperature, UNSEEN)
         if not self.bounded:
             self._shift(excess_KSX, rows)
         weight_KSX = excess_KSX.exp_()

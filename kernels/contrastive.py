@@ -35,6 +35,7 @@ def contrastive_loss(
     negative_id: Tensor | None = None,
     negatives: Literal["own", "all"] = "own",
     hardness: float = 0.0,
+    margin: float | None = None,
     weights: Sequence[float] | None = None,
     directions: Literal["query", "both"] = "query",
     impl: Literal["auto", "triton", "chunked", "reference"] = "auto",
@@ -58,6 +59,9 @@ def contrastive_loss(
         negatives: `own`: a row sees its own hard negatives (the papers). `all`: every row sees every one, less those equal in
             content to the row's positive. In both an own one that equals the own positive is dropped.
         hardness: α; 0 switches it off. It weights a row's own hard negatives by e^{α · cosine}, without gradient.
+        margin: Passages and hard negatives whose cosine with a row exceeds that of its own passage by more than this, a number
+            between −2 and 2, do not count for it at that prefix: they may be no negatives. The choice carries no gradient and
+            holds in both `directions`; rounding settles ties. None, like 2, lets everything count.
         weights: One weight for each prefix; None means 1.
         directions: `query`: every query finds its passage (the papers). `both` adds the loss of every passage finding its
             query, without hard negatives; it needs the queries of all ranks (N = B).
@@ -95,6 +99,7 @@ def contrastive_loss(
         offset,
         negatives == "all",
         float(hardness),
+        None if margin is None or margin == 2 else float(margin),  # rounded, cosines may differ by more than 2
     )
     _check(problem)
     if directions == "both" and len(passage) != len(query):
@@ -114,6 +119,7 @@ def contrastive_loss(
         temperature=temperature,
         query_id=passage_id,
         passage_id=query_id,
+        margin=margin,
         weights=weights,
         impl=impl,
     )
@@ -175,6 +181,8 @@ def _check(problem: Problem) -> None:
         raise ValueError(f"temperature is on {temperature.device}; it must be on {query.device}, as the vectors are")
     if not all(map(math.isfinite, (*problem.weights, problem.hardness))):
         raise ValueError(f"weights are {list(problem.weights)} and hardness is {problem.hardness}; they must be finite")
+    if problem.margin is not None and not -2 <= problem.margin <= 2:
+        raise ValueError(f"margin is {problem.margin}; it must be between -2 and 2, or None to count everything")
     if len(problem.weights) != len(problem.prefixes):
         raise ValueError(f"{len(problem.weights)} weights for {len(problem.prefixes)} prefixes; there must be one for each")
     if (negative is None) != (problem.negative_row_M is None) or (negative is None and problem.negative_id_M is not None):

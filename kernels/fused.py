@@ -88,6 +88,9 @@ class _Fused:
         self.own_score_KB = dot_KB * self.scale_KB * self.inverse_KX[:, problem.own_columns]
         self.scale2_KB = self.scale_KB * LOG2_E  # exponents are to the base 2
         self.own2_KB = self.own_score_KB * LOG2_E
+        self.limit2 = None  # of L, as an exponent (1,)
+        if problem.margin is not None:
+            self.limit2 = constant((problem.margin * LOG2_E,), torch.float32, device) / problem.temperature
         self.own_negatives = None
         if problem.negative_MD is not None:
             wide = problem._replace(query_BD=problem.query_BD.float(), negative_MD=problem.negative_MD.float())
@@ -163,12 +166,13 @@ class _Fused:
         see_all = problem.see_all and problem.negative_MD is not None
         scores[(self.chunk_rows // BLOCK_M * (self.columns_padded // BLOCK_N),)](
             self.query, self.column, weight, tile_max, tile_sum,
-            self.scale2_KB, self.own2_KB, self.inverse_KX, self.edges,
+            self.scale2_KB, self.own2_KB, self.inverse_KX, self.limit2, self.edges,
             problem.query_id_N, problem.passage_id_N, problem.negative_row_M, problem.negative_id_M,
             rows.start, self.num_rows, chunk_rows, len(problem.passage_ND), self.num_columns, problem.offset,
             self.query.shape[1], num_tiles, self.chunk_rows, self.columns_padded,
             HAS_QUERY_ID=problem.query_id_N is not None, HAS_PASSAGE_ID=problem.passage_id_N is not None, SEE_ALL=see_all,
             HAS_NEGATIVE_ID=problem.negative_id_M is not None and problem.passage_id_N is not None,
+            HAS_MARGIN=problem.margin is not None,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=8, **LAUNCH,
         )  # fmt: skip
         own = self.own_negatives

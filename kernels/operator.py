@@ -99,6 +99,7 @@ def _contrastive(
     offset: int,
     see_all: bool,
     hardness: float,
+    margin: float | None,
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -117,6 +118,7 @@ def _contrastive(
         offset,
         see_all,
         hardness,
+        margin,
     )
     with torch.cuda.device_of(query):
         problem, scales = _prepare(problem, keep_half=impl == "triton")
@@ -134,7 +136,7 @@ def _contrastive(
 
 @_contrastive.register_fake
 def _(query, passage, negative, temperature, *others):
-    prefixes, needs = others[4], others[9]
+    prefixes, needs = others[4], others[-2]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     loss, per_prefix = query.new_empty((), dtype=wide), query.new_empty(len(prefixes), dtype=wide)
     gradients = (

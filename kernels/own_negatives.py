@@ -24,7 +24,7 @@ class OwnNegatives:
         scale_KB: 1 / (|q| τ) of every row and prefix.
         inverse_KM: 1 / |n|.
         score_KM: s.
-        excess_KM: s − s_own + α · cosine; UNSEEN where the negative equals the row's own passage.
+        excess_KM: s − s_own + α · cosine; UNSEEN where the negative equals the row's own passage or passes the margin.
         largest_KB: The largest excess of a row; UNSEEN where it has none.
         sum_KB: Σ_m e^(excess − largest).
     """
@@ -47,8 +47,11 @@ class OwnNegatives:
         inverse_KM = inverse_norms(negative_MD, problem.prefixes)
         score_KM = prefix_dots(problem.query_BD[row_M], negative_MD, problem.prefixes)
         score_KM = score_KM * scale_KB[:, row_M] * inverse_KM
-        excess_KM = score_KM - own_score_KB[:, row_M] + problem.hardness * problem.temperature * score_KM
-        excess_KM = excess_KM.masked_fill(problem.dropped_negatives(), UNSEEN)
+        excess_KM = score_KM - own_score_KB[:, row_M]
+        unseen_KM = problem.dropped_negatives().expand_as(excess_KM)
+        if problem.margin is not None:
+            unseen_KM = unseen_KM | (excess_KM > problem.margin / problem.temperature)
+        excess_KM = (excess_KM + problem.hardness * problem.temperature * score_KM).masked_fill(unseen_KM, UNSEEN)
         largest_KB = torch.full_like(own_score_KB, UNSEEN)
         largest_KB.scatter_reduce_(1, row_M.expand_as(excess_KM), excess_KM, "amax")
         sum_KB = add_at(torch.zeros_like(own_score_KB), row_M, torch.exp(excess_KM - largest_KB[:, row_M]))

@@ -35,6 +35,7 @@ class Problem(NamedTuple):
     offset: int
     see_all: bool
     hardness: float
+    margin: float | None
 
     @property
     def own_columns(self) -> slice:

@@ -18,7 +18,8 @@ def contrastive_per_prefix(problem: Problem) -> Tensor:
 
         loss_i = log(1 + Σ_others w e^{(s(q_i, other) − s(q_i, p_i)) / τ}),  w = e^{α sg(s)} for own hard negatives, else 1
 
-    The own passage stays out of the sum, so a nearly solved row keeps all its digits.
+    With a margin, others are only those with s(q_i, other) ≤ s(q_i, p_i) + margin. The own passage stays out of the sum, so a
+    nearly solved row keeps all its digits.
     """
     num_rows, temperature = len(problem.query_BD), problem.temperature
     unseen = torch.finfo(problem.query_BD.dtype).min / 4  # finite: a row that sees nothing has a gradient of zero, not NaN
@@ -30,12 +31,17 @@ def contrastive_per_prefix(problem: Problem) -> Tensor:
     for width in problem.prefixes:
         query, passage = unit(query_BD, width), unit(passage_ND, width)
         own_B = (query * passage[problem.own_columns]).sum(-1)
-        logit_BX = ((query @ passage.T) / temperature).masked_fill(~other_BN, unseen)
+        cosine_BX, seen_BX = query @ passage.T, other_BN
+        logit_BX = cosine_BX / temperature
         if problem.negative_MD is not None:
             seen_BM, own_BM = seen_negatives(problem)
             cosine_BM = query @ unit(problem.negative_MD[:, : problem.prefixes[-1]], width).T
             weight_BM = problem.hardness * cosine_BM.detach() * own_BM
-            logit_BX = torch.cat([logit_BX, (cosine_BM / temperature + weight_BM).masked_fill(~seen_BM, unseen)], dim=1)
+            cosine_BX, seen_BX = torch.cat([cosine_BX, cosine_BM], dim=1), torch.cat([other_BN, seen_BM], dim=1)
+            logit_BX = torch.cat([logit_BX, cosine_BM / temperature + weight_BM], dim=1)
+        if problem.margin is not None:
+            seen_BX = seen_BX & ~(cosine_BX > own_B[:, None] + problem.margin)
+        logit_BX = logit_BX.masked_fill(~seen_BX, unseen)
         excess_B = torch.logsumexp(logit_BX - (own_B / temperature)[:, None], dim=1)
         losses.append(F.softplus(excess_B, threshold=40.0).mean())
     return torch.stack(losses)

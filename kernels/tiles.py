@@ -52,12 +52,14 @@ def prologue(
 @triton.jit
 def _leave(
     dot, half, k, rows, columns,
-    weight, tile_max, tile_sum, scale_row, own_row, inverse_column,
-    num_columns, num_tiles, rows_padded, columns_padded,
+    weight, tile_max, tile_sum, scale_row, own_row, inverse_column, limit,
+    num_columns, num_tiles, rows_padded, columns_padded, HAS_MARGIN: tl.constexpr,
 ):  # fmt: skip
     """One half of a tile at a prefix edge: E relative to the row's largest exponent, that exponent, and the row's sum."""
     column = tl.load(inverse_column + k * num_columns + columns, columns < num_columns, other=1.0)
     excess = tl.where(dot < MASKED / 2, MASKED, dot * column[None, :] * scale_row[:, None] - own_row[:, None])
+    if HAS_MARGIN:
+        excess = tl.where(excess > tl.load(limit), MASKED, excess)
     largest = tl.max(excess, 1)
     e = tl.exp2(excess - largest[:, None])  # pyright: ignore[reportCallIssue, reportArgumentType] (tl.max has no return type)
     at = (k * num_tiles + half) * rows_padded + rows
@@ -70,17 +72,19 @@ def _leave(
 @triton.jit
 def scores(
     query, column, weight, tile_max, tile_sum,
-    scale, own, inverse_column, edges,
+    scale, own, inverse_column, limit, edges,
     query_id, passage_id, negative_row, negative_id,
     first_row, num_rows, chunk_rows, num_passages, num_columns, offset,
     width, num_tiles, rows_padded, columns_padded,
     HAS_QUERY_ID: tl.constexpr, HAS_PASSAGE_ID: tl.constexpr, SEE_ALL: tl.constexpr, HAS_NEGATIVE_ID: tl.constexpr,
+    HAS_MARGIN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """E = e^(L − largest of its half tile) of every prefix, in one pass over the coordinates.
 
     A program owns BLOCK_M rows by BLOCK_N columns, accumulates their dot products in fp32 in order of the coordinates, and
-    writes at each prefix edge. The accumulator of a pair that the row does not see starts at MASKED.
+    writes at each prefix edge. The accumulator of a pair that the row does not see starts at MASKED; an L beyond `limit`
+    becomes MASKED as it leaves.
     """
     tiles_m, tiles_n = rows_padded // BLOCK_M, columns_padded // BLOCK_N
     program = tl.program_id(0)
@@ -127,11 +131,11 @@ def scores(
             low = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
             _leave(
                 first, 2 * tile_n, k, rows, low, weight, tile_max, tile_sum, scale_row, own_row, inverse_column,
-                num_columns, num_tiles, rows_padded, columns_padded,
+                limit, num_columns, num_tiles, rows_padded, columns_padded, HAS_MARGIN,
             )  # fmt: skip
             _leave(
                 second, 2 * tile_n + 1, k, rows, low + BLOCK_N // 2, weight, tile_max, tile_sum, scale_row, own_row,
-                inverse_column, num_columns, num_tiles, rows_padded, columns_padded,
+                inverse_column, limit, num_columns, num_tiles, rows_padded, columns_padded, HAS_MARGIN,
             )  # fmt: skip
             k += 1
             edge = tl.load(edges + k)

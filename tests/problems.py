@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -53,12 +54,30 @@ def random_problem(
     return problem
 
 
+def margin_near(problem: dict[str, Any], near: float) -> float:
+    """A margin within 0.01 of `near`, as far as can be from the differences that it decides on: rounding settles ties."""
+    vectors = [problem[name].double() for name in ("query", "passage", "negative") if name in problem]
+    own_columns = slice(problem["offset"], problem["offset"] + len(problem["query"]))
+    found = []
+    for width in problem["prefixes"]:
+        query, *others = (F.normalize(x[:, :width], dim=1) for x in vectors)
+        own_B1 = (query * others[0][own_columns]).sum(1, keepdim=True)
+        found.append((query @ torch.cat(others).T - own_B1).flatten())
+    difference = torch.cat(found)
+    ends = difference.new_tensor([near - 0.01, near + 0.01])
+    edges = torch.cat([ends, difference[(difference - near).abs() < 0.01]]).sort().values
+    gap, place = edges.diff().max(0)
+    assert gap > 2e-6, "the differences of cosines are too close to each other"
+    return (edges[place] + gap / 2).item()
+
+
 @st.composite
 def problems(draw, *, max_rows: int, max_others: int, max_width: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """Any problem of at most these sizes; `max_others` bounds the passages of other ranks, and the hard negatives."""
+    """Any problem of at most these sizes, with a margin or without; `max_others` bounds foreign passages and hard negatives."""
     rows = draw(st.integers(1, max_rows))
+    near = draw(st.sampled_from([None, -0.2, 0.0, 0.1, 0.5]))
     prefixes = tuple(sorted(draw(st.sets(st.integers(1, max_width), min_size=1, max_size=4))))
-    return random_problem(
+    problem = random_problem(
         draw(st.integers(0, 2**31)),
         rows=rows,
         passages=rows + draw(st.integers(0, max_others)),
@@ -69,6 +88,7 @@ def problems(draw, *, max_rows: int, max_others: int, max_width: int, dtype: tor
         zeros=draw(st.booleans()),
         dtype=dtype,
     )
+    return problem if near is None else problem | {"margin": margin_near(problem, near)}
 
 
 def results(problem: dict[str, Any], temperature: float, **changes: Any) -> dict[str, Tensor]:

@@ -78,6 +78,53 @@ def test_an_own_negative_equal_to_the_positive_is_dropped():
             assert kept.item() > plain.item()
 
 
+@pytest.mark.parametrize("impl", ["reference", "chunked", "triton"])
+def test_a_margin_leaves_out_what_is_closer_than_the_own_passage_by_more(impl):
+    """Cosines are the first coordinates, the own one 0.6; at prefix 1 they are 1, or 0. Hardness lifts no negative over it."""
+    query = torch.tensor([[1.0, 0.0]])
+    passage = torch.tensor([[0.8, 0.6], [0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
+    hard: dict[str, Any] = {"negative": torch.tensor([[0.96, 0.28], [0.28, 0.96]]), "negative_row": torch.tensor([0, 0])}
+    setting: dict[str, Any] = {"prefixes": (1, 2), "temperature": 0.5, "hardness": 5.0, "margin": 0.3, "impl": impl}
+    out = contrastive_loss(query, passage, offset=1, **hard, **setting)
+    one = math.log(1 + 1 + 1 + math.exp(-2) + 2 * math.exp(5))  # everything counts
+    two = math.log(1 + math.exp(0.4) + math.exp(-1.2) + math.exp(-0.64 + 1.4))  # 1 and 0.96 do not
+    assert out.per_prefix.tolist() == pytest.approx([one, two], rel=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", "triton"])
+def test_what_reaches_the_margin_counts(impl):
+    """Both others are as close as the own passage, without rounding."""
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    hard: dict[str, Any] = {"negative": x, "negative_row": torch.tensor([0, 1])}
+    out = contrastive_loss(x, x, prefixes=(2,), temperature=0.5, margin=0.0, impl=impl, **hard)
+    assert out.loss.item() == pytest.approx(math.log(3), rel=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", "triton"])
+@pytest.mark.parametrize("negatives", ["own", "all"])
+def test_a_margin_that_leaves_nothing_gives_zero_and_no_gradient(negatives, impl):
+    query, passage, negative = (x.float().requires_grad_() for x in (QUERY, PASSAGE, NEGATIVE))
+    hard: dict[str, Any] = {"negative": negative, "negative_row": torch.arange(4), "negatives": negatives, "hardness": 5.0}
+    heat = torch.tensor(0.05, requires_grad=True)
+    out = contrastive_loss(query, passage, prefixes=(2, 8), temperature=heat, margin=-2.0, impl=impl, **hard)
+    gradients = torch.autograd.grad(out.loss, (query, passage, negative, heat))
+    assert out.loss.item() == 0
+    assert all(gradient.abs().max() == 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", "triton"])
+def test_a_margin_of_two_is_none(impl):
+    """Every other vector is opposite to the own passage: a difference of 2, which rounding lifts above 2 for some rows."""
+    query = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    vectors: dict[str, Any] = {"query": query, "passage": torch.cat([-query, 1.7 * query]), "negative": 0.3 * query}
+    vectors["negative_row"] = torch.arange(40)
+    two, none = (
+        contrastive_loss(**vectors, prefixes=(3, 5), temperature=0.1, margin=margin, impl=impl).per_prefix
+        for margin in (2, None)
+    )
+    assert torch.equal(two, none)
+
+
 def test_scaling_a_vector_changes_nothing():
     scale = torch.tensor([[0.01], [1.0], [30.0], [7.0]], dtype=torch.float64)
     plain = contrastive_loss(QUERY, PASSAGE, prefixes=(2, 8), temperature=0.05, **OWN).loss
@@ -160,6 +207,10 @@ def test_the_temperature_gets_a_gradient_when_it_is_a_tensor():
         ({"temperature": 1e-9}, "between 1e-06 and 1e\\+12"),
         ({"temperature": torch.tensor(0.5, device="meta")}, "temperature is on meta; it must be on cpu"),
         ({"hardness": math.inf}, "must be finite"),
+        ({"margin": 2.1}, "margin is 2.1; it must be between -2 and 2, or None"),
+        ({"margin": -2.1}, "margin is -2.1"),
+        ({"margin": math.nan}, "margin is nan"),
+        ({"margin": -math.inf}, "margin is -inf"),
         ({"negatives": "some"}, "one of own, all"),
         ({"impl": "fast"}, "one of auto, triton, chunked, reference"),
         ({"impl": "triton"}, "fp64 has no tensor cores"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import assert_close, problems, random_problem, results
+from problems import assert_close, margin_near, problems, random_problem, results
 
 from kernels import fused
 from kernels.contrastive import contrastive_loss
@@ -35,9 +35,11 @@ def test_the_kernels_give_the_numbers_of_the_reference(problem, temperature, neg
 
 @pytest.mark.parametrize("prefixes", [(64, 128), (128, 256)])
 @pytest.mark.parametrize("workspace_bytes", [1, 2**30])
-def test_chunks_of_rows_change_nothing(prefixes, workspace_bytes, monkeypatch):
+@pytest.mark.parametrize("near", [None, -0.2])
+def test_chunks_of_rows_change_nothing(prefixes, workspace_bytes, near, monkeypatch):
     problem = random_problem(2, rows=300, passages=310, width=prefixes[-1], prefixes=prefixes, negatives=50, contents=200)
     problem |= {name: problem[name].float() for name in ("query", "passage", "negative")}
+    problem["margin"] = None if near is None else margin_near(problem, near)
     monkeypatch.setattr(contrastive_fused, "__defaults__", (workspace_bytes,))
     expected = results(problem, 0.05, impl="reference", dtype=torch.float64, negatives="all", hardness=5.0)
     assert_close(results(problem, 0.05, impl="triton", negatives="all", hardness=5.0), expected, **SINGLE)
@@ -53,7 +55,7 @@ def test_only_needed_gradients_are_made():
     x = torch.randn(5, 8)
     nothing = (None, None, None, None)
     row = torch.zeros(5, dtype=torch.int64)
-    problem = Problem(x, x, x, torch.tensor(0.1), None, None, row, None, (4, 8), (1.0, 1.0), 0, False, 0.0)
+    problem = Problem(x, x, x, torch.tensor(0.1), None, None, row, None, (4, 8), (1.0, 1.0), 0, False, 0.0, None)
     for i in range(4):
         needs = Needs(*(j == i for j in range(4)))
         made = contrastive_fused(problem, needs)[2:]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import assert_close, problems, random_problem, results
+from problems import assert_close, margin_near, problems, random_problem, results
 
 from experiments.bench.loss import peak_bytes
 from kernels import chunked
@@ -53,16 +53,19 @@ def test_half_precision_vectors_lose_only_the_rounding_of_their_gradients(dtype)
     assert out.loss.dtype == out.per_prefix.dtype == torch.float32
 
 
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("near", [None, -0.2])
 @pytest.mark.parametrize("negatives", ["own", "all"])
-def test_the_gradient_is_the_slope(negatives):
+def test_the_gradient_is_the_slope(negatives, near, impl):
     """Without hardness: its weight has no gradient, so no slope tells it."""
     problem = random_problem(5, rows=4, passages=5, width=6, prefixes=(2, 6), negatives=3, contents=4)
+    problem["margin"] = None if near is None else margin_near(problem, near)
     heat = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     leaves = [problem.pop(name).requires_grad_() for name in ("query", "passage", "negative")]
 
     def loss(query, passage, negative, temperature):
         vectors = {"query": query, "passage": passage, "negative": negative}
-        return contrastive_loss(**vectors, **problem, temperature=temperature, negatives=negatives).loss
+        return contrastive_loss(**vectors, **problem, temperature=temperature, negatives=negatives, impl=impl).loss
 
     assert torch.autograd.gradcheck(loss, (*leaves, heat))
 
@@ -149,12 +152,13 @@ def test_two_runs_are_bitwise_equal():
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
-def test_both_directions_are_the_sum_of_each():
-    problem = random_problem(16, rows=7, passages=7, width=8, prefixes=(4, 8), negatives=3, contents=4)
+@pytest.mark.parametrize("margin", [None, -0.2])
+def test_both_directions_are_the_sum_of_each(margin):
+    problem = random_problem(16, rows=7, passages=7, width=8, prefixes=(4, 8), negatives=3, contents=4) | {"margin": margin}
     both = results(problem, 0.1, directions="both")
     swapped = {"query": problem["passage"], "passage": problem["query"]}
     swapped |= {"query_id": problem["passage_id"], "passage_id": problem["query_id"]}
-    swapped |= {name: problem[name] for name in ("prefixes", "weights")}
+    swapped |= {name: problem[name] for name in ("prefixes", "weights", "margin")}
     there, back = results(problem, 0.1), results(swapped, 0.1)
     assert both["loss"].item() == pytest.approx((there["loss"] + back["loss"]).item(), rel=1e-14)
     torch.testing.assert_close(both["query"], there["query"] + back["passage"], rtol=1e-12, atol=1e-14)

@@ -78,7 +78,7 @@ def test_torch_compile_takes_the_loss_whole(impl):
 
     def loss(query, passage, negative, temperature):
         passage = (torch.eye(8) @ passage.T).T  # strides of a transposed matrix
-        changes = {"hardness": 5.0, "negatives": "all", "impl": impl}
+        changes = {"hardness": 5.0, "negatives": "all", "margin": 0.1, "impl": impl}
         out = contrastive_loss(2 * query, passage, negative=negative, **problem, temperature=temperature, **changes)
         return out.loss, out.per_prefix
 
@@ -95,12 +95,13 @@ def test_torch_compile_takes_the_loss_whole(impl):
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
 @pytest.mark.parametrize("see_all", [False, True])
-def test_the_operator_keeps_its_contract(impl, see_all):
+@pytest.mark.parametrize("margin", [None, 0.1])
+def test_the_operator_keeps_its_contract(impl, see_all, margin):
     problem = random_problem(15, rows=6, passages=6, width=6, prefixes=(3, 6), negatives=6, contents=4, dtype=torch.float32)
     query, passage, negative = (problem[name].T.contiguous().T.requires_grad_() for name in ("query", "passage", "negative"))
     ids = (problem["query_id"], problem["passage_id"], problem["negative_row"], problem["negative_id"])
     heat = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    arguments = (query, passage, negative, heat, *ids, (3, 6), (1.0, 1.0), 0, see_all, 0.0, [True] * 4, impl)
+    arguments = (query, passage, negative, heat, *ids, (3, 6), (1.0, 1.0), 0, see_all, 0.0, margin, [True] * 4, impl)
     # the gradients among the outputs are not themselves differentiable, so what autograd does is tested above
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.polyphony.contrastive.default, arguments, test_utils=checks)
@@ -160,16 +161,19 @@ def test_two_ranks_under_ddp_and_fsdp_average_their_gradients(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy, about the NaN
-@pytest.mark.parametrize("impl", ["chunked", "triton"])
-def test_where_nobody_may_look_scales_are_right_and_nan_comes_out(impl, monkeypatch):
+@pytest.mark.parametrize("impl", ["reference", "chunked", "triton"])
+@pytest.mark.parametrize("margin", [None, -0.2])
+def test_where_nobody_may_look_scales_are_right_and_nan_comes_out(impl, margin, monkeypatch):
     """As while a CUDA graph is captured: values cannot be checked, but every replay must be right."""
-    problem = random_problem(22, rows=6, passages=6, width=8, prefixes=(4, 8), dtype=torch.float32)
+    problem = random_problem(22, rows=6, passages=8, width=8, prefixes=(4, 8), dtype=torch.float32) | {"margin": margin}
     expected = contrastive_loss(**problem, temperature=0.05, impl=impl).loss.item()
     for module in ("kernels.problem", "kernels.operator"):
         monkeypatch.setattr(f"{module}.may_look", lambda x: False)
     for scale in (1.0, 1e-25, 1e25):
         scaled = problem | {name: problem[name] * scale for name in ("query", "passage")}
         assert contrastive_loss(**scaled, temperature=0.05, impl=impl).loss.item() == pytest.approx(expected, rel=1e-5)
-    for name in ("query", "passage"):
-        problem[name][2, 5] = torch.nan
-        assert contrastive_loss(**problem, temperature=0.05, impl=impl).loss.isnan()
+    own, foreign = problem["offset"], (problem["offset"] + 6) % 8
+    for name, row in (("query", 0), ("passage", own), ("passage", foreign)):
+        spoilt = problem[name].clone()
+        spoilt[row, 5] = torch.nan
+        assert contrastive_loss(**problem | {name: spoilt}, temperature=0.05, impl=impl).loss.isnan()

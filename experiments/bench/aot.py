@@ -36,14 +36,14 @@ OPERANDS = {("pull_rows", "column"), ("pull_columns", "query")}  # multiplied wi
 POINTERS = {"weight": "*bf16", "edges": "*i32", "tile_prefix": "*i32", "query_id": "*i64", "passage_id": "*i64"}
 POINTERS |= {"negative_row": "*i64", "negative_id": "*i64"}
 GIVEN_BY_FLAG = {"HAS_QUERY_ID": "query_id", "HAS_PASSAGE_ID": "passage_id", "SEE_ALL": "negative_row"}
-GIVEN_BY_FLAG |= {"HAS_NEGATIVE_ID": "negative_id"}
+GIVEN_BY_FLAG |= {"HAS_NEGATIVE_ID": "negative_id", "HAS_MARGIN": "limit"}
 INTEGERS = {"num_rows", "width", "num_prefixes", "first_y", "first_row", "chunk_rows", "num_passages", "num_columns", "offset"}
 INTEGERS |= {"num_tiles", "rows_padded", "columns_padded"}
 MULTIPLES_OF_16 = {"width", "rows_padded", "columns_padded"}
 
 
 COLUMNS = ("registers", "stack", "shared", "tensor_core", "atomics", "instructions")
-HEADER = f"{'kernel':<13} {'vectors':<8} {'constants':<68} {'sm':>3} {' '.join(COLUMNS)}"
+HEADER = f"{'kernel':<13} {'vectors':<8} {'constants':<79} {'sm':>3} {' '.join(COLUMNS)}"
 
 
 class Configuration(NamedTuple):
@@ -62,8 +62,9 @@ def configurations() -> Iterator[Configuration]:
     for vectors in DTYPES:
         for has_y in (True, False):
             yield Configuration("prologue", vectors, {"HAS_Y": has_y, "BLOCK_R": 16, "BLOCK_C": tiles.BLOCK_K}, 4, False)
-        for ids, see_all in itertools.product((True, False), (True, False)):
+        for ids, see_all, margin in itertools.product((True, False), repeat=3):
             flags = {"HAS_QUERY_ID": ids, "HAS_PASSAGE_ID": ids, "SEE_ALL": see_all, "HAS_NEGATIVE_ID": ids and see_all}
+            flags["HAS_MARGIN"] = margin
             yield Configuration("scores", vectors, {**flags, **TILE, "BLOCK_N": tiles.BLOCK_N, "GROUP": 8}, warps, True)
         for block_n in (tiles.BLOCK_N, tiles.BLOCK_K):
             for gradient in ("bf16", "fp32") if vectors == "bf16" else ("fp32",):
@@ -137,7 +138,7 @@ def main() -> int:
                 name: value for name, value in configuration.constants.items() if name not in SAME_EVERYWHERE and value
             }
             shown = " ".join(name if value is True else f"{name}={value}" for name, value in constants.items())
-            name = f"{configuration.kernel:<13} {configuration.vectors:<8} {shown:<68} {architecture:>3}"
+            name = f"{configuration.kernel:<13} {configuration.vectors:<8} {shown:<79} {architecture:>3}"
             print(name, *(f"{found[column]:>{len(column)}}" for column in COLUMNS))
             rows.append({**configuration._asdict(), "architecture": architecture, **found})
             fits = (
