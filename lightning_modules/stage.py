@@ -16,6 +16,7 @@ from datamodules.collate import Batch
 from datamodules.order import generator
 from datamodules.processors.composed import Inputs
 from datamodules.training import TrainingData
+from lightning_modules.ema import averaged
 from lightning_modules.encoder.checkpoint import (
     load_encoder,
     load_weights,
@@ -116,7 +117,7 @@ class Stage(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         del batch_idx
-        self._began = time.perf_counter()
+        self._began, self._begun_at = time.perf_counter(), self.global_step
         self._noted = self.data.note(batch)
         random = generator(self.data.seed, "training step", batch.step, self.global_rank)
         torch.manual_seed(int(random.integers(2**63)))  # what draws at random in a step draws the same after a resume
@@ -128,7 +129,8 @@ class Stage(L.LightningModule):
         skipped = {"skipped_updates": float(self.guard.num_skipped)}
         told = self._told(batch.step)
         self._write_log({**self._parts, **self._noted, **skipped, **told, "examples_per_second": rate}, batch.task)
-        if self.snapshot_every and self.global_step % self.snapshot_every == 0 and self.global_step < self.trainer.max_steps:
+        is_new = self._begun_at < self.global_step < self.trainer.max_steps  # not while gradients are still being gathered
+        if self.snapshot_every and is_new and self.global_step % self.snapshot_every == 0:
             self._save(f"encoder-{self.global_step:06d}")
 
     def on_train_end(self) -> None:
@@ -189,5 +191,6 @@ class Stage(L.LightningModule):
                 "parents": [{"path": folder, "sha256": read_provenance(folder)["sha256"]} for folder in parents],
             }
             folder = Path(self.trainer.default_root_dir) / name
-            save_encoder(folder, self.encoder, self.data.processor, provenance=provenance)
+            with averaged(self.trainer, self.encoder) as average:
+                save_encoder(folder, self.encoder, self.data.processor, provenance={**provenance, **average})
             print(f"encoder in {folder}")

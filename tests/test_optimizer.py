@@ -1,8 +1,12 @@
-"""Promises of rates and rules: who moves how fast by which rule."""
+"""Promises of rates, rules and average: who moves how fast by which rule, what is averaged, and that a stopped run goes on."""
 
 import copy
 import io
+import json
 import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +14,11 @@ import torch
 from samples import TINY_TEXT, TINY_VIT
 from torch import nn
 from torch.optim import AdamW, Muon
+from trials import Zygote, consumed, weights_hash
 
+from lightning_modules.checkpoints import VerifiedCheckpointIO
+from lightning_modules.ema import EMA, averaged
+from lightning_modules.encoder.checkpoint import read_provenance, read_weights
 from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig
 from lightning_modules.encoder.towers import TowerConfig
@@ -263,3 +271,169 @@ def test_a_state_of_other_groups_is_refused(other):
     optimizer_of(module, OptimizerConfig(**config, learning_rate=1.0)).load_state_dict(state)
     with pytest.raises(ValueError, match=r"made with another optimizer\.name, rates or layer_decay"):
         optimizer_of(module, OptimizerConfig(**{**config, **other})).load_state_dict(state)
+
+
+def stage_at(encoder: Embedder, step: int, num_skipped: int, ema: EMA) -> tuple[Any, Any]:
+    trainer = SimpleNamespace(global_step=step, ckpt_path=None, is_global_zero=True, callbacks=[ema])
+    return trainer, SimpleNamespace(encoder=encoder, guard=SimpleNamespace(num_skipped=num_skipped))
+
+
+def test_the_average_is_the_weighted_mean_of_the_weights_after_each_update(tiny_encoder):
+    ema, name, seen = EMA(decay=0.75), "projection.0.weight", []
+    ema.on_train_start(*stage_at(tiny_encoder, 0, 0, ema))
+    random = torch.Generator().manual_seed(0)
+    for step, num_skipped, is_update in [(1, 0, True), (1, 0, False), (2, 0, True), (3, 1, False), (4, 1, True), (5, 1, True)]:
+        weight = tiny_encoder.state_dict()[name]
+        weight.copy_(torch.randn(weight.shape, generator=random))  # also where no update was made: it must not be seen
+        if is_update:
+            seen.append(weight.double().clone())
+        ema.on_train_batch_end(*stage_at(tiny_encoder, step, num_skipped, ema), None, None, 0)
+    powers = [0.75**k for k in range(len(seen))]
+    expected = sum(p * w for p, w in zip(powers, reversed(seen), strict=True)) / sum(powers)
+    torch.testing.assert_close(ema.average[name].double(), expected, rtol=1e-6, atol=1e-6)  # fp32's rounding, four times
+    trained = copy.deepcopy(tiny_encoder.state_dict())
+    with averaged(stage_at(tiny_encoder, 5, 1, ema)[0], tiny_encoder) as provenance:
+        assert provenance == {"ema": 0.75}
+        assert torch.equal(tiny_encoder.state_dict()[name], ema.average[name])
+    torch.testing.assert_close(tiny_encoder.state_dict(), trained, rtol=0, atol=0)
+
+
+def test_the_average_is_in_fp32_whatever_the_encoder_has(tiny_encoder):
+    encoder, ema = tiny_encoder.bfloat16(), EMA(decay=0.999)
+    ema.on_train_start(*stage_at(encoder, 0, 0, ema))
+    name, steps = "projection.0.weight", 200
+    for step in range(1, steps + 1):
+        encoder.state_dict()[name].fill_(1.0 + 2.0**-7 * (step % 2))  # neighbours in bf16, whose mean it does not have
+        ema.on_train_batch_end(*stage_at(encoder, step, 0, ema), None, None, 0)
+    assert ema.average[name].dtype == torch.float32
+    assert (ema.average[name] - (1.0 + 2.0**-8)).abs().max() < 1e-4
+    with averaged(stage_at(encoder, steps, 0, ema)[0], encoder):
+        assert encoder.state_dict()[name].dtype == torch.bfloat16
+
+
+def test_without_a_decay_nothing_is_averaged_or_kept(tiny_encoder):
+    ema = EMA()
+    ema.on_train_start(*stage_at(tiny_encoder, 0, 0, ema))
+    ema.on_train_batch_end(*stage_at(tiny_encoder, 1, 0, ema), None, None, 0)
+    assert ema.state_dict() == {}
+    with averaged(stage_at(tiny_encoder, 1, 0, ema)[0], tiny_encoder) as provenance:
+        assert provenance == {}
+    for decay in (0.0, 1.0, -1.0):
+        with pytest.raises(ValueError, match="the average's decay is"):
+            EMA(decay=decay)
+
+
+def test_an_average_that_begins_late_says_so(tiny_encoder, capsys):
+    ema = EMA(decay=0.9)
+    trainer, stage = stage_at(tiny_encoder, 7, 0, ema)
+    trainer.ckpt_path = "a.ckpt"
+    ema.on_train_start(trainer, stage)
+    assert "a.ckpt holds no average of the weights; it begins at step 7" in capsys.readouterr().out
+
+
+def callbacks(decay: float | None) -> str:
+    kept = "{class_path: lightning_modules.checkpoints.Checkpoints, init_args: {every_steps: 1, keep: 99}}"
+    return f"trainer.callbacks=[{kept},{{class_path: lightning_modules.ema.EMA, init_args: {{decay: {decay or 'null'}}}}}]"
+
+
+MUON_AND_EMA = ["model.optimizer.name=muon", callbacks(0.9)]
+LAYERED = [
+    *MUON_AND_EMA,
+    "trainer.max_steps=6",
+    "trainer.gradient_clip_val=1.0",
+    "model.snapshot_every=4",
+    "model.optimizer.layer_decay=0.5",
+    "model.optimizer.rates={towers: 0.5, boundaries: 0}",
+    "model.encoder.backbone.text.num_hidden_layers=2",
+]
+OPTIONS = {
+    "bf16": ["trainer.precision=bf16-mixed"],
+    "gathering": ["trainer.accumulate_grad_batches=2", "model.snapshot_every=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def zygote(world):
+    zygote = Zygote(world)
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="module")
+def straight(zygote, tmp_path_factory) -> Path:
+    """A run of six steps with Muon, a rate for each layer and an average, its third update skipped; every step's checkpoint."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    run = zygote.begin(out, *LAYERED, SPOIL=json.dumps({"2": "nan-gradient"}))
+    assert run.wait() == [0], run.log()
+    return out
+
+
+def checkpoint(out: Path, step: int) -> dict[str, Any]:
+    return VerifiedCheckpointIO().load_checkpoint(out / "checkpoints" / f"step={step:08d}.ckpt")
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Two checkpoints have the same weights, moments and average, bit for bit."""
+    for part in (
+        lambda state: state["state_dict"],
+        lambda state: state["optimizer_states"][0]["state"],
+        lambda state: state["callbacks"]["EMA"],
+    ):
+        torch.testing.assert_close(part(one), part(other), rtol=0, atol=0)
+
+
+def test_the_saved_encoders_are_the_averaged_ones(straight):
+    total, mean, expected = 0.0, {}, {}
+    for step in (1, 2, 4, 5, 6):  # the third update was skipped
+        total = 0.9 * total + 1.0
+        for name, weight in checkpoint(straight, step)["state_dict"].items():
+            mean[name] = mean.get(name, 0.0) + (weight.double() - mean.get(name, 0.0)) / total
+        expected[step] = dict(mean)
+    for folder, step in (("encoder-000004", 4), ("encoder", 6)):
+        saved = read_weights(straight / folder)
+        assert read_provenance(straight / folder)["ema"] == 0.9
+        trained = checkpoint(straight, step)["state_dict"]
+        for name, weight in saved.items():
+            torch.testing.assert_close(weight.double(), expected[step][f"encoder.{name}"], rtol=1e-5, atol=1e-6)
+        assert any(not torch.equal(weight, trained[f"encoder.{name}"]) for name, weight in saved.items())
+
+
+def test_a_skipped_update_changes_neither_weight_nor_average(straight):
+    assert_same(checkpoint(straight, 3), checkpoint(straight, 2))
+
+
+def test_a_run_with_everything_on_goes_on_bit_for_bit(straight, zygote, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copy(straight / "checkpoints" / "step=00000004.ckpt", tmp_path / "run" / "checkpoints")
+    run = zygote.begin(tmp_path / "run", *LAYERED)
+    assert run.wait() == [0], run.log()
+    assert sorted(consumed(tmp_path / "run")) == [4, 5]
+    assert weights_hash(tmp_path / "run") == weights_hash(straight)
+    one, other = checkpoint(tmp_path / "run", 6), checkpoint(straight, 6)
+    assert_same(one, other)
+    assert one["optimizer_states"][0]["param_groups"] == other["optimizer_states"][0]["param_groups"]
+    assert one["lr_schedulers"] == other["lr_schedulers"]
+
+
+def test_going_on_with_other_rates_is_refused(straight, zygote, tmp_path):
+    source = straight / "checkpoints" / "step=00000004.ckpt"
+    run = zygote.begin(tmp_path / "run", *LAYERED, "model.optimizer.layer_decay=0.9", f"ckpt_path={source}")
+    assert run.wait() == [1]
+    assert "error: the checkpoint was made with another optimizer.name, rates or layer_decay" in run.log()
+    assert "Traceback" not in run.log()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("more", [[callbacks(None)], MUON_AND_EMA], ids=["alone", "with muon and average"])
+def test_a_trainers_options_work(option, more, zygote, tmp_path):
+    out = tmp_path / "run"
+    run = zygote.begin(out, "trainer.max_steps=3", "data.num_workers=0", *OPTIONS[option], *more)
+    assert run.wait() == [0], run.log()
+    provenance = read_provenance(out / "encoder")
+    assert provenance["steps"] == 3
+    assert ("ema" in provenance) == (more is MUON_AND_EMA)
+    assert len(consumed(out)) == (6 if option == "gathering" else 3)
+    assert [path.name for path in out.glob("encoder-*")] == (["encoder-000002"] if option == "gathering" else [])
+    first, last = (checkpoint(out, step)["state_dict"] for step in (1, 3))
+    assert all(weight.dtype == torch.float32 for weight in last.values())
+    assert not torch.equal(first["encoder.projection.0.weight"], last["encoder.projection.0.weight"])
