@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 MAX_DIMENSIONS = 2**16  # our choice
-DESCRIPTION = rb"\{'descr': '<(f2|f4)', 'fortran_order': False, 'shape': \((\d{1,6}),\), \} *\n"
+DESCRIPTION = rb"\{'descr': '<(f2|f4)', 'fortran_order': False, 'shape': \((0|[1-9]\d{0,5}),\), \} *\n"
 HEADER = re.compile(rb"\x93NUMPY\x01\x00(..)(" + DESCRIPTION + rb")", re.DOTALL)
 
 

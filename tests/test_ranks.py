@@ -1,4 +1,4 @@
-"""Several ranks learn what one learns from the whole batch, every term, over steps, under DDP and FSDP; or all refuse."""
+"""Several ranks learn what one learns from the whole batch: every term, several steps, under DDP and FSDP; or all refuse."""
 
 import os
 import subprocess
