@@ -84,7 +84,7 @@ def test_the_total_is_the_weighted_sum_of_the_terms():
     assert [out.parts[f"spread_out@{prefix}"].item() for prefix in (4, 8)] == pytest.approx(spread.tolist())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     weights=st.tuples(*[st.sampled_from([0.0, 0.3, 1.0])] * 3).filter(any),
     switches=st.fixed_dictionaries(

@@ -24,6 +24,7 @@ SMALL = [
     *TINY,
     "data.num_workers=1",
     "model.encoder.backbone.text.attention_dropout=0.1",  # what is drawn at random must be the same after a resume
+    "model.objective.queue=10",  # and so must what is kept of past batches
 ]
 TWO_RANKS = ["trainer.devices=2", "trainer.strategy=ddp_find_unused_parameters_true", "trainer.accelerator=cpu"]
 
