@@ -10,7 +10,7 @@ import pytest
 import torch
 from objective_ranks import CASES, EVERYTHING, STEPS, trained
 
-TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}  # fp64; the ranks' sums have another order
+TOLERANCE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12}  # fp64; the ranks' sums have another order
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -197,10 +197,8 @@ class Objective(nn.Module):
             loss, found = self._contrastive(centred, past)
             total, terms = total + self.config.contrastive * loss, terms | found
         if self.config.spread_out:
-            spread_K = spread_out_loss(centred.query_GD, prefixes=self.prefixes, ids=centred.query_id_G)
-            spread_K = spread_K + spread_out_loss(centred.target_GD, prefixes=self.prefixes, ids=centred.target_id_G)
-            total = total + self.config.spread_out * spread_K.sum()
-            terms |= {f"spread_out@{prefix}": loss for prefix, loss in zip(self.prefixes, spread_K, strict=True)}
+            loss, found = self._spread_out(centred)
+            total, terms = total + self.config.spread_out * loss, terms | found
         if self.matching is not None:
             loss, found = self._matching(self.matching, students, teachers, told)
             total, terms = total + self.config.matching * loss, terms | found
@@ -303,6 +301,12 @@ class Objective(nn.Module):
                 vectors.query_GD[own], target_ND, query_id_N, target_id_N, offset=own.start, margin=self.config.margin
             )
         return loss, parts | {f"loss@{prefix}": part for prefix, part in zip(self.prefixes, per_prefix_K, strict=True)}
+
+    def _spread_out(self, vectors: Vectors) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of all ranks' queries and targets, the same on every rank."""
+        spread_K = spread_out_loss(vectors.query_GD, prefixes=self.prefixes, ids=vectors.query_id_G)
+        spread_K = spread_K + spread_out_loss(vectors.target_GD, prefixes=self.prefixes, ids=vectors.target_id_G)
+        return spread_K.sum(), {f"spread_out@{prefix}": part for prefix, part in zip(self.prefixes, spread_K, strict=True)}
 
     def _matching(
         self,
