@@ -1,5 +1,6 @@
 """One of several ranks that train a toy encoder with each objective of CASES under DDP: writes what it met (test_ranks.py)."""
 
+import inspect
 import sys
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from kernels.contrastive import contrastive_loss
 from lightning_modules.objective.objective import Objective, ObjectiveConfig, ObjectiveLoss
 
 ROWS, STEPS = 8, 3
@@ -35,6 +37,8 @@ CASES = {
     "queue": ObjectiveConfig(queue=11, temperature=0.2),
     "everything": EVERYTHING,
 }
+if "margin" in inspect.signature(contrastive_loss).parameters:
+    CASES["margin"] = ObjectiveConfig(margin=0.1, queue=5, directions="both")
 
 
 class Toy(nn.Module):
