@@ -163,7 +163,8 @@ class Stage(L.LightningModule):
         lines = [self.collapse.see(self._parts)]
         prefix = self.prefixes[0]
         if step == 0 and self.init_from is None and f"loss@{prefix}" in self._parts:
-            lines.append(first_line(self._parts, prefix, both=self.objective.config.directions == "both"))
+            config = self.objective.config
+            lines.append(first_line(self._parts, prefix, both=config.directions == "both", centred=config.centring > 0))
         if self.trainer.is_global_zero:
             for line in filter(None, lines):
                 print(line, flush=True)

@@ -100,19 +100,22 @@ def guarded_share(
     return num_guarded / max(1, len(query_BD) * (len(column_ND) - 1))
 
 
-def first_line(parts: Mapping[str, float], prefix: int, *, both: bool) -> str:
-    """A run's first loss beside what it would be if all candidates were alike; far above it, something is wrong.
+def first_line(parts: Mapping[str, float], prefix: int, *, both: bool, centred: bool = False) -> str:
+    """A run's first loss beside what it would be if all candidates were alike.
+
+    Far above it something is wrong, but for centred vectors: they point in all directions, and may be far above it.
 
     Args:
         parts: The log's parts of the first step.
         prefix: The smallest prefix.
         both: Whether the loss holds both directions.
+        centred: Whether the batch mean was subtracted.
     """
     num_candidates = parts["candidates"]
     chance = math.log(num_candidates) + (math.log(parts["candidates_back"]) if both else 0.0)
-    ways = ", both ways," if both else ""
+    ways, how = ", both ways," if both else "", " of centred vectors" if centred else ""
     return (
-        f"first loss {parts[f'loss@{prefix}']:.2f} at prefix {prefix}; "
+        f"first loss {parts[f'loss@{prefix}']:.2f} at prefix {prefix}{how}; "
         f"log of {num_candidates:.0f} candidates{ways} is {chance:.2f}"
     )
 
