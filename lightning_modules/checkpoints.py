@@ -19,6 +19,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from lightning_modules.sharded import put_together, share, what_is_wrong_with_shards
+
 BYTEARRAY = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")
 MAGIC = b"POLYPHONY-SHA256"
 NAME = re.compile(r"step=(\d+)\.ckpt")
@@ -60,7 +62,7 @@ class Checkpoints(Checkpoint):
         folder = folder_of(trainer)
         for path in folder.glob(".*.partial"):  # of a run that was killed while it saved
             if PARTIAL.fullmatch(path.name):
-                path.unlink()
+                remove(path)
         if trainer.ckpt_path is None and in_order(folder):
             print(f"checkpoints of an earlier run were moved to {_set_aside(folder)}; ckpt_path=<one of them> goes on from it")
 
@@ -82,19 +84,20 @@ class Checkpoints(Checkpoint):
             ValueError: A weight is not finite.
             OSError: The disk is full; the former checkpoints stay.
         """
-        for name, value in pl_module.state_dict().items():
-            if not torch.isfinite(value).all():
-                raise ValueError(
-                    f"{name} holds values that are not finite at step {trainer.global_step}; no checkpoint is written. "
-                    "Lower the learning rate, or go on from an earlier checkpoint"
-                )
+        lost = [name for name, value in pl_module.state_dict().items() if not torch.isfinite(share(value)).all()]
+        if trainer.strategy.reduce_boolean_decision(bool(lost), all=False):
+            where = f"{lost[0] if lost else 'a weight of another rank'} holds values that are not finite"
+            raise ValueError(
+                f"{where} at step {trainer.global_step}; no checkpoint is written. "
+                "Lower the learning rate, or go on from an earlier checkpoint"
+            )
         folder = folder_of(trainer)
         trainer.save_checkpoint(folder / f"step={trainer.global_step:08d}.ckpt", weights_only=False)
         self._last_time = time.monotonic()
         if trainer.is_global_zero:
             for path in in_order(folder)[self.keep :]:
                 if self.keep_every_steps is None or step_of(path) % self.keep_every_steps:
-                    path.unlink(missing_ok=True)
+                    remove(path)
 
     def _time_is_up(self, trainer: L.Trainer) -> bool:
         if self.every_minutes is None:
@@ -103,6 +106,14 @@ class Checkpoints(Checkpoint):
         if trainer.world_size == 1 or trainer.global_step % CLOCK_STEPS:
             return is_up and trainer.world_size == 1
         return bool(trainer.strategy.broadcast(is_up))
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, a file or a folder of shards."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def folder_of(trainer: L.Trainer) -> Path:
@@ -140,7 +151,9 @@ def newest(folder: Path) -> Path | None:
 
 
 def what_is_wrong_with(path: Path) -> str | None:
-    """Why a file is no whole checkpoint, or None when its trailer and hash are right."""
+    """Why something is no whole checkpoint, or None when its trailer and hash, or those of all its shards, are right."""
+    if path.is_dir():
+        return what_is_wrong_with_shards(path)
     size = path.stat().st_size - len(MAGIC) - 32
     if size < 0:
         return "it is too short"
@@ -203,11 +216,13 @@ class VerifiedCheckpointIO(CheckpointIO):
         """Raises ValueError when there is no checkpoint, its hash is wrong, or it cannot be read."""
         del weights_only  # always: nothing is unpickled
         path = Path(path)
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(f"no checkpoint at {path}; give a file, or ckpt_path=newest for the run's own newest one")
         wrong = what_is_wrong_with(path)
         if wrong is not None:
             raise ValueError(f"the checkpoint {path} cannot be used: {wrong}; ckpt_path=newest takes the newest that is whole")
+        if path.is_dir():
+            return put_together(path, self.load_checkpoint)
         try:
             _require_stored(path)
             found = torch.load(path, map_location=map_location or "cpu", weights_only=True)
@@ -221,7 +236,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         return found
 
     def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
+        remove(Path(path))
 
 
 def _require_stored(path: Path) -> None:

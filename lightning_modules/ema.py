@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_modules.encoder.checkpoint import load_weights, require_same_shape
 from lightning_modules.encoder.embedder import Embedder
+from lightning_modules.sharded import shared_out
 
 
 class EMA(Callback):
@@ -47,7 +48,9 @@ class EMA(Callback):
             print(f"{trainer.ckpt_path} holds no average of the weights; it begins at step {trainer.global_step}", flush=True)
         source = self.average or weights
         self.average = {
-            name: source[name].to(weight.device, torch.float32 if weight.is_floating_point() else None, copy=True)
+            name: shared_out(source[name], weight).to(
+                weight.device, torch.float32 if weight.is_floating_point() else None, copy=True
+            )
             for name, weight in weights.items()
         }
 

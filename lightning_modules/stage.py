@@ -31,6 +31,7 @@ from lightning_modules.guard import Guard
 from lightning_modules.objective.health import CollapseWatch, first_line
 from lightning_modules.objective.objective import Objective, ObjectiveConfig, ObjectiveLoss
 from lightning_modules.optimizer import OptimizerConfig, base_rate, freeze, optimizer_of, warmup_cosine
+from lightning_modules.sharded import Sharded, is_sharded, shard, whole
 
 
 class Stage(L.LightningModule):
@@ -94,6 +95,16 @@ class Stage(L.LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         return [self.guard]
 
+    def configure_model(self) -> None:
+        """Share the parameters out over the ranks, where the strategy says so."""
+        if isinstance(self.trainer.strategy, Sharded) and not is_sharded(self.encoder):
+            probe(self.encoder)
+            assert self.device_mesh is not None
+            mesh, backbone = self.device_mesh["data_parallel"], self.encoder.backbone
+            shard(self.encoder, [*backbone.layers, *backbone.towers.children()], mesh)
+            if any(True for _ in self.objective.parameters()):
+                shard(self.objective, [], mesh)
+
     def configure_optimizers(self) -> Any:
         if self.trainer.max_steps < 1:
             raise ValueError(f"trainer.max_steps is {self.trainer.max_steps}; the schedule needs the run's number of steps")
@@ -108,7 +119,8 @@ class Stage(L.LightningModule):
                 f"the tokenizer has {num_tokens} entries, the text model {self.encoder.backbone.vocab_size}; "
                 "make data.processor.vocab_size at most the text model's vocab_size"
             )
-        probe(self.encoder)
+        if not is_sharded(self.encoder):  # those were probed before
+            probe(self.encoder)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         encoder = "encoder."
@@ -181,17 +193,21 @@ class Stage(L.LightningModule):
             logger.log_metrics(values, step=self.global_step)
 
     def _save(self, name: str) -> None:
-        if self.trainer.is_global_zero:
-            parents = [] if self.init_from is None else [self.init_from]
-            provenance = {
-                "stage": type(self).__name__,
-                "steps": self.global_step,
-                "parameters": trainable(self.encoder),
-                "seed": self.data.seed,
-                "tasks": sorted(self.data.tasks),
-                "parents": [{"path": folder, "sha256": read_provenance(folder)["sha256"]} for folder in parents],
-            }
-            folder = Path(self.trainer.default_root_dir) / name
-            with averaged(self.trainer, self.encoder) as average:
-                save_encoder(folder, self.encoder, self.data.processor, provenance={**provenance, **average})
-            print(f"encoder in {folder}")
+        """Write the encoder's folder; all ranks together, as each may have a share of the weights."""
+        with averaged(self.trainer, self.encoder) as average:
+            weights = {key: whole(weight).cpu() for key, weight in self.encoder.state_dict().items()}
+        if not self.trainer.is_global_zero:
+            return
+        parents = [] if self.init_from is None else [self.init_from]
+        provenance = {
+            "stage": type(self).__name__,
+            "steps": self.global_step,
+            "parameters": trainable(self.encoder),
+            "seed": self.data.seed,
+            "tasks": sorted(self.data.tasks),
+            "parents": [{"path": folder, "sha256": read_provenance(folder)["sha256"]} for folder in parents],
+            **average,
+        }
+        folder = Path(self.trainer.default_root_dir) / name
+        save_encoder(folder, self.encoder, self.data.processor, provenance=provenance, weights=weights)
+        print(f"encoder in {folder}")

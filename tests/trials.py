@@ -54,14 +54,14 @@ class Zygote:
 
     def begin(self, out: Path, *more: str, world_size: int = 1, **environment: str) -> "Run":
         out.mkdir(parents=True, exist_ok=True)
-        arguments = [*SMALL, f"data.root={self.world}", f"trainer.default_root_dir={out}", *more]
+        two = TWO_RANKS if world_size > 1 else []
+        arguments = [*SMALL, f"data.root={self.world}", f"trainer.default_root_dir={out}", *two, *more]
         port = str(free_port())
         pids = []
         for rank in range(world_size):
             ranks = {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world_size > 1 else {}
-            two = TWO_RANKS if world_size > 1 else []
             command = {
-                "arguments": [*arguments, *two],
+                "arguments": arguments,
                 "environment": {**ranks, **environment},
                 "log": str(out / f"log-{rank}"),
             }

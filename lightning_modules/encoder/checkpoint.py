@@ -24,7 +24,14 @@ FORMAT = "polyphony-encoder/1"
 WEIGHTS = "model.safetensors"
 
 
-def save_encoder(folder: str | Path, encoder: Embedder, processor: ComposedProcessor, *, provenance: Mapping[str, Any]) -> None:
+def save_encoder(
+    folder: str | Path,
+    encoder: Embedder,
+    processor: ComposedProcessor,
+    *,
+    provenance: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write an encoder's folder, replacing a former one only when the new one is whole.
 
     Args:
@@ -32,13 +39,14 @@ def save_encoder(folder: str | Path, encoder: Embedder, processor: ComposedProce
         encoder: What is saved.
         processor: Saved with it.
         provenance: What made it (stage, steps, parents, ..); JSON values.
+        weights: Its state, where the encoder itself has only a share of it.
 
     Raises:
         ValueError: A weight is not finite.
         OSError: The disk is full or the place not writable; the former folder stays.
     """
     folder = Path(folder)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or encoder.state_dict()).items()}
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite; nothing was written to {folder}")

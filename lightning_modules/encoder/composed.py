@@ -87,6 +87,13 @@ class ComposedBackbone(nn.Module):
         return self.text.get_input_embeddings().num_embeddings
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The text model's layers, in order; none where they are not one list."""
+        number = self.text.config.num_hidden_layers
+        lists = [inner for inner in self.text.modules() if isinstance(inner, nn.ModuleList) and len(inner) == number]
+        return list(lists[0]) if lists else []
+
+    @property
     def packs(self) -> bool:
         """Whether items can lie end to end; the probe proves it."""
         return self.text.config._attn_implementation == NAME

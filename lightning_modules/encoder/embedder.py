@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from datamodules.processors.passes import PASS_COST, packs_of, passes_of
 from kernels.contrastive import check_prefixes
 from lightning_modules.encoder.composed import ComposedBackbone, ComposedConfig
 from lightning_modules.encoder.packing import runs_of
+from lightning_modules.sharded import is_sharded
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,10 @@ class Embedder(nn.Module):
                 vectors.append(checkpoint(self._embed, part.token_ids, part, use_reentrant=False))
             else:
                 vectors.append(self._embed(part.token_ids, part))
+        if is_sharded(self) and len(parts) > 1 and vectors[0].requires_grad:  # ranks add their gradients up once, at the end
+            synchronise: Any = self.set_requires_gradient_sync  # pyright: ignore[reportAttributeAccessIssue]
+            synchronise(False)
+            vectors[0].register_hook(lambda _: synchronise(True))  # the first part is the last to go backward
         places = torch.from_numpy(np.concatenate([part.rows for part in parts]).argsort())
         return torch.cat(vectors)[places.to(inputs.token_ids.device)]
 
