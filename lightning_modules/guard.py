@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from datamodules.collate import Batch
 from datamodules.training import TrainingData
-from lightning_modules.sharded import whole
+from lightning_modules.sharded import share
 
 MAX_SKIPPED_IN_A_ROW = 3
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -74,7 +74,7 @@ class Guard(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        is_finite = all_finite([p.grad for p in parameters]) and self._loss_is_finite  # ranks may have to ask each other
+        is_finite = self._loss_is_finite and all_finite([share(p.grad) for p in parameters if p.grad is not None])
         notes = torch.tensor([not is_finite, self._heard, _data(trainer).storm is not None], device=pl_module.device).int()
         if trainer.world_size > 1:
             torch.distributed.all_reduce(notes, torch.distributed.ReduceOp.MAX)
@@ -118,7 +118,8 @@ class Guard(Callback):
 
 def all_finite(tensors: list[Any]) -> bool:
     """Whether every value of the tensors is finite."""
-    return not tensors or bool(whole(torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))).isfinite())
+    tensors = [tensor for tensor in tensors if tensor.numel()]  # a rank's share may be empty
+    return not tensors or bool(torch.nn.utils.get_total_norm(tensors, norm_type=float("inf")).isfinite())
 
 
 def _data(trainer: L.Trainer) -> TrainingData:

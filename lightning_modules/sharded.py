@@ -118,6 +118,13 @@ def shared_out(tensor: Any, like: Tensor) -> Any:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def largest_of_ranks(number: int, device: torch.device) -> int:
+    """The largest of the numbers that the ranks call this with, all together."""
+    told = torch.tensor(number, device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return int(told)
+
+
 def put_together(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """The checkpoint in a folder, whole, on the CPU.
 

@@ -100,8 +100,8 @@ class Stage(L.LightningModule):
         if isinstance(self.trainer.strategy, Sharded) and not is_sharded(self.encoder):
             probe(self.encoder)
             assert self.device_mesh is not None
-            mesh, backbone = self.device_mesh["data_parallel"], self.encoder.backbone
-            shard(self.encoder, [*backbone.layers, *backbone.towers.children()], mesh)
+            mesh = self.device_mesh["data_parallel"]
+            shard(self.encoder, self.encoder.backbone.layers, mesh)  # towers with the rest: not every part has media for them
             if any(True for _ in self.objective.parameters()):
                 shard(self.objective, [], mesh)
 

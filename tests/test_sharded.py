@@ -18,9 +18,7 @@ STILL = ["model.encoder.backbone.text.attention_dropout=0.0", "trainer.max_steps
 IN_PARTS = ["model.compute.max_tokens=64", "model.compute.checkpoint_layers=true", "model.compare_cached=true"]
 SHARDED = ["trainer.strategy={class_path: lightning_modules.sharded.Sharded}"]
 LAYOUTS = {"one": (1, []), "ddp": (2, []), "sharded": (2, SHARDED)}
-NEAR = (
-    1e-3  # two runs of 12 steps whose sums have another order end so near to each other, as AdamW divides by what is small
-)
+NEAR = 1e-3  # two runs of 12 steps whose sums have another order end so near to each other, as AdamW divides by what is small
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,21 @@ def passes_of(lengths: np.ndarray, pass_cost: int = PASS_COST, max_tokens: int |
     return passes[::-1]
 
 
+def split_into(parts: list[np.ndarray], number: int) -> list[np.ndarray]:
+    """The same rows in at least so many parts, in the same order; those of most rows are halved.
+
+    Raises:
+        ValueError: There are not so many rows.
+    """
+    if sum(map(len, parts)) < number:
+        raise ValueError(f"{sum(map(len, parts))} items cannot go through the encoder in the {number} parts of another rank")
+    parts = list(parts)
+    while len(parts) < number:
+        longest = max(range(len(parts)), key=lambda place: len(parts[place]))
+        parts[longest : longest + 1] = np.array_split(parts[longest], 2)
+    return parts
+
+
 def packs_of(lengths: np.ndarray, max_tokens: int | None = None) -> list[np.ndarray]:
     """The rows of each pack, in which items lie end to end, sorted by length.
 

@@ -21,7 +21,7 @@ from datamodules.tasks import TaskSpec
 from datamodules.training import TrainingData
 
 PROCESSOR = ProcessorConfig(vocab_size=2048, max_text_tokens=256)  # as in conf/model/small.yaml
-OURS, SAME_WORK = "ours", "webdataset, same processor"
+OURS, SAME_WORK, ON_LISTS = "ours", "webdataset, same processor", "webdataset, tokenizer on lists"
 OURS_DECODED, SAME_DECODED = "ours, decoded only", "webdataset, decoded only"
 Run = Callable[[], Iterator[float]]  # numbers of examples as they are delivered, without end
 
@@ -50,7 +50,7 @@ class Work:
         }
         example = self.split.read(0)
         if example.query is not None and example.target is not None and example.query.is_text and example.target.is_text:
-            runs["webdataset, tokenizer on lists"] = counted(self.webdataset, self.tokenized_together)
+            runs[ON_LISTS] = counted(self.webdataset, self.tokenized_together)
             runs["webdataset, tokenizer one by one"] = counted(self.webdataset, self.tokenized_singly)
         if not num_workers:
             each = len(self.split) / len(self.shards)

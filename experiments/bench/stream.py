@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import startup
 import torch
 import yaml
-from pipelines import OURS, OURS_DECODED, PROCESSOR, SAME_DECODED, SAME_WORK, Run, Work
+from pipelines import ON_LISTS, OURS, OURS_DECODED, PROCESSOR, SAME_DECODED, SAME_WORK, Run, Work
 from rich.console import Console
 from rich.table import Table
 
@@ -42,7 +42,11 @@ from datamodules.tasks import TaskSpec
 
 CONF = Path(__file__).parents[2] / "conf" / "tasks"
 TASKS = {"image": "tinyimagenet100/class", "audio": "esc10/class", "text": "agnews/title-body"}
-GOALS = {"image": 0.9, "audio": 0.9, "text": 2.0}  # of ours against webdataset with the same processor
+GOALS = {  # of ours against webdataset: with the same decoding; text, where users write that themselves, as they write it
+    ("image", SAME_WORK): 0.9,
+    ("audio", SAME_WORK): 0.9,
+    ("text", ON_LISTS): 2.0,
+}
 NUM_SHARDS = 8
 INDEXED_BYTES = 50_000_000  # the shards of a split are indexed over and over, up to about so much
 CONSOLE = Console(width=128)
@@ -92,7 +96,7 @@ def streaming(works: dict[str, Work], rounds: int, seconds: float) -> list[dict[
             ours = rates[OURS_DECODED if name in (OURS_DECODED, SAME_DECODED) else OURS]
             row = {"modality": modality, "workers": num_workers, "contestant": name}
             row |= described(found, work.num_bytes / len(work.split)) | {"ours / it": ratio(ours, found)}
-            rows.append({**row, "goal": GOALS[modality] if name == SAME_WORK else None})
+            rows.append({**row, "goal": GOALS.get((modality, name))})
     return rows
 
 

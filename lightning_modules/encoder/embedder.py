@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from datamodules.processors.composed import Inputs
-from datamodules.processors.passes import PASS_COST, packs_of, passes_of
+from datamodules.processors.passes import PASS_COST, packs_of, passes_of, split_into
 from kernels.contrastive import check_prefixes
 from lightning_modules.encoder.composed import ComposedBackbone, ComposedConfig
 from lightning_modules.encoder.packing import runs_of
-from lightning_modules.sharded import is_sharded
+from lightning_modules.sharded import is_sharded, largest_of_ranks, whole
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,10 @@ class Embedder(nn.Module):
                 nn.Linear(width, hidden, bias=False), nn.Linear(hidden, config.embedding_dim, bias=False)
             )
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def use(self, compute: ComputeConfig) -> None:
         """Let batches go through so from now on.
 
@@ -128,10 +132,14 @@ class Embedder(nn.Module):
         """How items of these lengths (N,) go through: the last parts stay in memory, as many as the limit allows."""
         most = self.compute.max_tokens
         cut = packs_of(lengths, most) if self.packed else passes_of(lengths, self.compute.pass_cost, most)
+        if is_sharded(self):  # ranks ask each other for the weights of every layer in every part
+            cut = split_into(cut, largest_of_ranks(len(cut), self.device))
         places = [int(lengths[rows].sum() if self.packed else lengths[rows].max() * len(rows)) for rows in cut]
         left = np.cumsum(places[::-1])[::-1]  # in this part and all after it
-        again = [most is not None and tokens > most for tokens in left[:-1]]
-        return [Part(*part) for part in zip(cut, places, [*again, False], strict=True)]
+        num_again = 0 if most is None else int((left[:-1] > most).sum())
+        if is_sharded(self):
+            num_again = largest_of_ranks(num_again, self.device)
+        return [Part(*part, number < num_again) for number, part in enumerate(zip(cut, places, strict=True))]
 
     def padding(self, inputs: Inputs) -> float:
         """Share of what goes through for these items that is padding."""
@@ -190,7 +198,7 @@ def probe(encoder: Embedder) -> None:
     """
     training = encoder.training
     encoder.eval()
-    device = next(encoder.parameters()).device
+    device = encoder.device
     random, size = torch.Generator().manual_seed(0), encoder.backbone.vocab_size
     ids = torch.randint(2, size, (12,), generator=random)
     changed = ids.clone()
@@ -233,8 +241,7 @@ def require_cached_is_plain(encoder: Embedder, inputs: Inputs) -> None:
         encoder.use(dataclasses.replace(compute, max_tokens=most))
         vectors = encoder(inputs)
         weight = torch.linspace(-1, 1, vectors.numel(), device=vectors.device).view_as(vectors)
-        found = torch.autograd.grad((F.normalize(vectors, dim=-1) * weight).sum(), parameters, allow_unused=True)
-        gradients.append(torch.cat([x.flatten().float() for x in found if x is not None]))
+        gradients.append(_gradient(encoder, parameters, (F.normalize(vectors, dim=-1) * weight).sum()))
     encoder.use(compute)
     encoder.train(training)
     plain, cached = gradients
@@ -246,3 +253,15 @@ def require_cached_is_plain(encoder: Embedder, inputs: Inputs) -> None:
             "this encoder cannot be trained with model.compute.max_tokens"
         )
     print(f"gradients in parts are those of a whole batch to {difference:.1e}")
+
+
+def _gradient(encoder: Embedder, parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
+    """All parameters' gradients in a row, none of which is left behind."""
+    if not is_sharded(encoder):
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    else:  # FSDP2 puts gradients where they belong in a backward pass alone
+        loss.backward()
+        found = [None if parameter.grad is None else whole(parameter.grad) for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+    return torch.cat([gradient.flatten().float() for gradient in found if gradient is not None])
