@@ -121,7 +121,7 @@ def fit(stage: type, config: dict[str, Any], wants_help: bool) -> None:
             guard = self.model.guard
             if guard.storm is not None:
                 raise ValueError(guard.storm)
-            if guard.stopped_by is not None:
+            if guard.stopped_by is not None and self.trainer.global_step < self.trainer.max_steps:
                 raise StoppedError(guard.stopped_by, self.trainer.global_step)
 
         def _parse_ckpt_path(self) -> None:

@@ -145,8 +145,9 @@ class Stage(L.LightningModule):
         if self.snapshot_every and is_new and self.global_step % self.snapshot_every == 0:
             self._save(f"encoder-{self.global_step:06d}")
 
-    def on_train_end(self) -> None:
-        if not self.guard.stopped:
+    def on_fit_end(self) -> None:
+        """Also where nothing was left to train: a run may have been stopped after its last step and before this."""
+        if self.global_step >= self.trainer.max_steps and self.guard.storm is None:
             self._save("encoder")
 
     def vectors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:

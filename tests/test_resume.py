@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -162,6 +163,16 @@ def test_a_run_goes_on_at_another_number_of_ranks_with_the_same_global_batches(z
     assert sorted(whole) == list(range(24))
     for step, (task, keys) in whole.items():
         assert (task, keys) == (expected[step][0], set(expected[step][1]))
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_encoder_writes_the_encoder(zygote, reference, tmp_path):
+    last = in_order(reference[1] / FOLDER)[0]
+    (tmp_path / "run" / FOLDER).mkdir(parents=True)
+    shutil.copy(last, tmp_path / "run" / FOLDER / last.name)
+    run = zygote.begin(tmp_path / "run")
+    assert run.wait() == [0], run.log()
+    assert not list((tmp_path / "run").glob("consumed-*"))
+    assert weights_hash(tmp_path / "run") == weights_hash(reference[1])
 
 
 def test_a_broken_newest_checkpoint_is_passed_over_loudly(zygote, reference, tmp_path):
