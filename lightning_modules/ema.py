@@ -47,12 +47,9 @@ class EMA(Callback):
         elif trainer.ckpt_path is not None and trainer.is_global_zero:
             print(f"{trainer.ckpt_path} holds no average of the weights; it begins at step {trainer.global_step}", flush=True)
         source = self.average or weights
-        self.average = {
-            name: shared_out(source[name], weight).to(
-                weight.device, torch.float32 if weight.is_floating_point() else None, copy=True
-            )
-            for name, weight in weights.items()
-        }
+        for name, weight in weights.items():  # clone: of a shared-out tensor .to(copy=True) copies nothing
+            copied = shared_out(source[name], weight).detach().to(weight.device).clone()
+            self.average[name] = copied.float() if copied.is_floating_point() else copied
 
     @torch.no_grad()
     def on_train_batch_end(

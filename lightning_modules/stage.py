@@ -195,10 +195,6 @@ class Stage(L.LightningModule):
 
     def _save(self, name: str) -> None:
         """Write the encoder's folder; all ranks together, as each may have a share of the weights."""
-        with averaged(self.trainer, self.encoder) as average:
-            weights = {key: whole(weight).cpu() for key, weight in self.encoder.state_dict().items()}
-        if not self.trainer.is_global_zero:
-            return
         parents = [] if self.init_from is None else [self.init_from]
         provenance = {
             "stage": type(self).__name__,
@@ -207,8 +203,11 @@ class Stage(L.LightningModule):
             "seed": self.data.seed,
             "tasks": sorted(self.data.tasks),
             "parents": [{"path": folder, "sha256": read_provenance(folder)["sha256"]} for folder in parents],
-            **average,
         }
         folder = Path(self.trainer.default_root_dir) / name
-        save_encoder(folder, self.encoder, self.data.processor, provenance=provenance, weights=weights)
-        print(f"encoder in {folder}")
+        with averaged(self.trainer, self.encoder) as average:
+            weights = {key: whole(weight) for key, weight in self.encoder.state_dict().items()}
+            if self.trainer.is_global_zero:
+                provenance |= average
+                save_encoder(folder, self.encoder, self.data.processor, provenance=provenance, weights=weights)
+                print(f"encoder in {folder}")

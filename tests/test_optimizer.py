@@ -342,9 +342,11 @@ def callbacks(decay: float | None) -> str:
     return f"trainer.callbacks=[{kept},{{class_path: lightning_modules.ema.EMA, init_args: {{decay: {decay or 'null'}}}}}]"
 
 
+NO_QUEUE = "model.objective.queue=0"  # weights alone are compared
 MUON_AND_EMA = ["model.optimizer.name=muon", callbacks(0.9)]
 LAYERED = [
     *MUON_AND_EMA,
+    NO_QUEUE,
     "trainer.max_steps=6",
     "trainer.gradient_clip_val=1.0",
     "model.snapshot_every=4",
@@ -353,8 +355,8 @@ LAYERED = [
     "model.encoder.backbone.text.num_hidden_layers=2",
 ]
 OPTIONS = {
-    "bf16": ["trainer.precision=bf16-mixed"],
-    "gathering": ["trainer.accumulate_grad_batches=2", "model.snapshot_every=2"],
+    "bf16": [NO_QUEUE, "trainer.precision=bf16-mixed"],
+    "gathering": [NO_QUEUE, "trainer.accumulate_grad_batches=2", "model.snapshot_every=2"],
 }
 
 

@@ -85,6 +85,13 @@ def test_a_sharded_run_killed_at_any_moment_goes_on_exactly(zygote, runs, tmp_pa
     assert not list((tmp_path / FOLDER).glob(".*"))
 
 
+def test_the_average_of_shares_is_that_of_whole_weights(zygote, runs, tmp_path):
+    checkpoints = "{class_path: lightning_modules.checkpoints.Checkpoints, init_args: {every_steps: 5}}"
+    ema = f"trainer.callbacks=[{checkpoints}, {{class_path: lightning_modules.ema.EMA, init_args: {{decay: 0.9}}}}]"
+    one, sharded = (trained(zygote, tmp_path / layout, layout, *IN_PARTS, ema) for layout in ("one", "sharded"))
+    assert distance(one, sharded) < NEAR < distance(one, runs["one"])
+
+
 def test_a_folder_of_shards_is_verified(runs, tmp_path):
     whole = in_order(runs["sharded"] / FOLDER)[0]
     assert what_is_wrong_with(whole) is None
