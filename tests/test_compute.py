@@ -1,21 +1,29 @@
 """Promises of how a batch goes through the encoder: packed, padded, in parts and again, with the same vectors and gradients."""
 
+import inspect
 import itertools
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import TINY_TEXT
 from test_encoder import ITEMS
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig
 
 from datamodules.processors.composed import Inputs
 from datamodules.processors.passes import packs_of, passes_of
+from lightning_modules.encoder import packing
 from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig, probe
+from lightning_modules.sharded import shard, whole
 
 NO_PADDING = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 FAMILIES = {
@@ -169,6 +177,79 @@ def test_what_cannot_be_packed_is_padded_or_refused():
         ComputeConfig("packed", compile=True)
     with pytest.raises(ValueError, match=r"compute\.max_tokens is 0"):
         ComputeConfig(max_tokens=0)
+
+
+def test_the_varlen_kernel_is_called_as_torch_describes_it(monkeypatch):
+    """A stand-in of the signature that torch has, item by item: there is no such kernel on a CPU."""
+    signature = inspect.signature(packing.varlen_attn)
+
+    def varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
+        signature.bind(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+        assert cu_seq_q.dtype == torch.int32
+        assert max_q == cu_seq_q.diff().max()
+        lengths = cu_seq_q.diff().tolist()
+        outs = []
+        for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+            items = [x.transpose(0, 1)[None] for x in parts]
+            mask = packing._within(options.get("window_size", (None,))[0], items[0].shape[2], query.device)
+            outs.append(F.scaled_dot_product_attention(*items, attn_mask=mask, scale=options["scale"])[0].transpose(0, 1))
+        return torch.cat(outs)
+
+    for family in ("qwen3", "gemma3_text", "bert"):
+        encoder, inputs = encoder_of(family), texts(3, 9, 9, 20)
+        expected = vectors_and_gradients(encoder, inputs, ComputeConfig())
+        with monkeypatch.context() as patched:
+            patched.setattr(packing, "varlen_attn", varlen)
+            patched.setattr(packing, "_has_varlen", lambda query, dropout: True)
+            assert_same(vectors_and_gradients(encoder, inputs, ComputeConfig()), expected)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path / 'store'}")
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def reduced_by_ddp(inputs: Inputs, most: int | None) -> tuple[int, list[torch.Tensor]]:
+    """How many buckets were reduced in a step, and the gradients."""
+    encoder, reduced = encoder_of(), []
+    encoder.use(ComputeConfig(max_tokens=most))
+
+    def count(state, bucket):
+        reduced.append(bucket)
+        return default_hooks.allreduce_hook(state, bucket)
+
+    wrapped = DistributedDataParallel(encoder)
+    wrapped.register_comm_hook(None, count)
+    wrapped(inputs).sum().backward()
+    return len(reduced), [parameter.grad for parameter in encoder.parameters() if parameter.grad is not None]
+
+
+def reduced_by_fsdp(inputs: Inputs, most: int | None, mesh: DeviceMesh) -> tuple[int, list[torch.Tensor]]:
+    encoder, reduced, reduce = encoder_of(), [], _fsdp_param_group.foreach_reduce
+    encoder.use(ComputeConfig(max_tokens=most))
+    shard(encoder, encoder.backbone.layers, mesh)
+
+    def count(*arguments, **more):
+        reduced.append(arguments)
+        return reduce(*arguments, **more)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_fsdp_param_group, "foreach_reduce", count)
+        encoder(inputs).sum().backward()
+    return len(reduced), [whole(parameter.grad) for parameter in encoder.parameters() if parameter.grad is not None]
+
+
+def test_gradients_are_reduced_once_however_many_parts(one_rank):
+    inputs = texts(3, 9, 9, 20, 5, 12, 30, 2)
+    num_buckets, expected = reduced_by_ddp(inputs, None)
+    num_groups, _ = reduced_by_fsdp(inputs, None, one_rank)
+    assert num_groups == 3  # two layers and the rest
+    for number, reduced in ((num_buckets, reduced_by_ddp(inputs, 20)), (num_groups, reduced_by_fsdp(inputs, 20, one_rank))):
+        assert reduced[0] == number
+        for one, other in zip(reduced[1], expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_the_probe_refuses_to_pack_what_leaks_from_item_to_item(monkeypatch):

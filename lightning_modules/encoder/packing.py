@@ -2,7 +2,8 @@
 
 Items of equal length that lie beside each other are one call of SDPA without a mask; sorted by length, a pack needs as many
 calls as it has different lengths. transformers finds the attention by its name; the lengths reach it as an argument of the
-model, so that a layer that runs again in the backward pass meets them again.
+model, so that a layer that runs again in the backward pass meets them again. On a GPU in half precision torch's varlen kernel
+takes all lengths in one call (not run on a GPU yet).
 """
 
 from typing import Any
@@ -13,6 +14,13 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from kernels.problem import HALF
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a torch without it
+    varlen_attn = None
 
 NAME = "packed_or_padded"
 
@@ -70,6 +78,8 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     if more.get("softcap") is not None or more.get("position_bias") is not None:
         raise ValueError("the text model changes its attention scores, which cannot be packed; set model.compute.layout=padded")
+    if _has_varlen(query, dropout):
+        return _varlen(module, query, key, value, packed_lengths, scaling, sliding_window), None
     runs = runs_of(packed_lengths)
     window = None if sliding_window is None else module.config.sliding_window  # what transformers' own masks are made from
     parts = (x[0].split([number * length for number, length in runs], dim=1) for x in (query, key, value))
@@ -87,6 +97,30 @@ def attend(
         )
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)[None], None
+
+
+def _has_varlen(query: Tensor, dropout: float) -> bool:
+    return varlen_attn is not None and query.is_cuda and query.dtype in HALF and dropout == 0
+
+
+def _varlen(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed_lengths: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """All items in one call of torch's varlen kernel (1, T, heads, width), which takes keys as many as queries."""
+    assert varlen_attn is not None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    ends = F.pad(packed_lengths.cumsum(0), (1, 0)).to(query.device, torch.int32)
+    longest = int(packed_lengths.max())
+    window: dict[str, Any] = {} if sliding_window is None else {"window_size": (module.config.sliding_window,) * 2}
+    out: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, **window)
+    return out[None]
 
 
 def _within(window: Any, length: int, device: torch.device) -> Tensor | None:
