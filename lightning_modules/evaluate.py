@@ -26,7 +26,7 @@ from datamodules.tasks import BenchmarkSpec, modalities_of
 from kernels.contrastive import check_prefixes
 from lightning_modules import metrics
 from lightning_modules.encoder.checkpoint import load_encoder, read_provenance, trainable
-from lightning_modules.encoder.embedder import Embedder, cut
+from lightning_modules.encoder.embedder import Embedder, cut, probe
 from lightning_modules.report import Neighbours, results_table, write_report
 
 NUM_SHOWN_QUERIES = 4
@@ -61,6 +61,7 @@ def evaluate(
     began = time.perf_counter()
     curves = _curves(runs or [])
     encoder, processor = load_encoder(checkpoint)
+    probe(encoder)
     judge = Judge(encoder, processor, Path(root), batch_size=batch_size, num_workers=num_workers, device=device)
     rows, neighbours = judge.results(benchmarks, prefixes)
     replace_file(Path(out) / "results.json", json.dumps(rows, indent=1))

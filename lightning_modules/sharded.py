@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from datamodules.files import sha256_of
+from datamodules.files import replace_file, replace_folder, sha256_of
 from datamodules.record import read_json
 
 COMPLETE, FORMAT, SHARD = "COMPLETE", "polyphony-sharded/1", "shard of"
@@ -63,16 +63,17 @@ class Sharded(ModelParallelStrategy):
             described, error = {}, str(failure)
         told: list[Any] = [None] * self.world_size
         dist.all_gather_object(told, (own.name, described, error))
-        errors = [failure for *_, failure in told if failure]
-        if not errors and self.is_global_zero:
-            complete = {"format": FORMAT, "files": {name: about for name, about, _ in told}}
-            (beside / COMPLETE).write_text(json.dumps(complete, indent=1))
-            shutil.rmtree(path, ignore_errors=True)
-            beside.replace(path)
-        self.barrier()
-        if errors:
+        error = next((failure for *_, failure in told if failure), "")
+        if not error and self.is_global_zero:
+            try:
+                complete = {"format": FORMAT, "files": {name: about for name, about, _ in told}}
+                replace_file(beside / COMPLETE, json.dumps(complete, indent=1))
+                replace_folder(path, beside)
+            except OSError as failure:
+                error = str(failure)
+        if error := self.broadcast(error):
             shutil.rmtree(beside, ignore_errors=True)
-            raise OSError(f"could not write the checkpoint {path}: {errors[0]}")
+            raise OSError(f"could not write the checkpoint {path}: {error}; the former one is kept")
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
@@ -156,7 +157,11 @@ def _complete(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"it has no {COMPLETE}: it was not finished, or something else wrote it")
     described = read_json(path)
-    if not isinstance(described, dict) or described.get("format") != FORMAT or not isinstance(described.get("files"), dict):
+    files = described.get("files") if isinstance(described, dict) and described.get("format") == FORMAT else None
+    is_whole = isinstance(files, dict) and all(
+        isinstance(about, dict) and {"bytes", "sha256"} <= {*about} for about in files.values()
+    )
+    if not files or not is_whole:
         raise ValueError(f"its {COMPLETE} is damaged")
     return described
 

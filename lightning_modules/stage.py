@@ -158,7 +158,7 @@ class Stage(L.LightningModule):
             require_cached_is_plain(self.encoder, inputs)
             self._compared = True
         vectors = self.encoder(inputs).split([len(column) for column in columns])
-        self._noted["padding"] = self.encoder.padding(inputs)
+        self._noted["padding"] = self.encoder.padding
         return vectors[0], vectors[1], vectors[2] if len(vectors) > 2 else None
 
     def minimised(self, batch: Batch, out: ObjectiveLoss) -> Tensor:

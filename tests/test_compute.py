@@ -2,6 +2,10 @@
 
 import inspect
 import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig
 
 from datamodules.processors.composed import Inputs
-from datamodules.processors.passes import packs_of, passes_of
+from datamodules.processors.passes import packs_of, passes_of, split_into
 from lightning_modules.encoder import packing
 from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig, probe
@@ -74,6 +78,12 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], toleran
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * largest)
 
 
+def apart(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Between two gradients, as a share of their length."""
+    one, other = (torch.cat([gradient.flatten() for gradient in whole[1:]]) for whole in (found, expected))
+    return float((one - other).norm() / other.norm())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_is_padded_is_cached(family):
     encoder, inputs = encoder_of(family), texts(3, 9, 1, 9, 20, 5, 3, 12)
@@ -86,7 +96,9 @@ def test_packed_is_padded_is_cached(family):
         ComputeConfig("padded", max_tokens=20),
         ComputeConfig(checkpoint_layers=True, max_tokens=20),
     ):
-        assert_same(vectors_and_gradients(encoder, inputs, compute), expected)
+        found = vectors_and_gradients(encoder, inputs, compute)
+        assert_same(found, expected)
+        assert apart(found, expected) < 1e-6
         assert encoder.packed == (compute.layout != "padded")
         probe(encoder)
 
@@ -131,6 +143,18 @@ def test_only_the_last_parts_are_kept():
         assert sorted(np.concatenate([part.rows for part in parts]).tolist()) == list(range(10))
 
 
+def test_memory_does_not_grow_with_the_batch():
+    """Each step in a process of its own; whole, four times the batch takes about four times the memory."""
+    peaks: dict[str, list[float]] = {}
+    for way, pairs in itertools.product(("whole", "in parts"), ("32", "128")):
+        command = [sys.executable, "experiments/bench/memory.py", "--tokens", "512", "--one", way, pairs]
+        done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
+        peaks.setdefault(way, []).append(json.loads(done.stdout.splitlines()[-1])["MiB"])
+    assert peaks["whole"][1] > 2.5 * peaks["whole"][0]
+    assert peaks["in parts"][1] < 1.3 * peaks["in parts"][0] + 5
+    assert peaks["in parts"][1] < peaks["whole"][1] / 4
+
+
 def test_nothing_is_made_again_without_gradients(monkeypatch):
     encoder, calls = encoder_of(), []
     encoder.use(ComputeConfig(max_tokens=10))
@@ -154,6 +178,12 @@ def test_every_row_is_in_one_part_within_the_limit(lengths, pass_cost, most):
         assert sorted(np.concatenate(parts).tolist()) == list(range(len(lengths)))
         assert [int(n) for n in sizes[np.concatenate(parts)]] == sorted(lengths)
         assert all(most is None or places(rows) <= most or len(rows) == 1 for rows in parts)
+        number = min(len(lengths), len(parts) + 3)
+        finer = split_into(parts, number)
+        assert len(finer) == number
+        assert np.concatenate(finer).tolist() == np.concatenate(parts).tolist()
+    with pytest.raises(ValueError, match="items cannot go through the encoder in the"):
+        split_into(passes_of(sizes), len(lengths) + 1)
 
 
 def test_passes_are_the_cheapest_cut():

@@ -100,7 +100,7 @@ def test_a_folder_of_shards_is_verified(runs, tmp_path):
     assert {name: x.shape for name, x in found["state_dict"].items()} == {
         name: x.shape for name, x in one["state_dict"].items()
     }
-    for damage in ("byte", "missing", "unfinished", "cut"):
+    for damage in ("byte", "missing", "unfinished", "cut", "elsewhere", "listed"):
         folder = tmp_path / damage / whole.name
         shutil.copytree(whole, folder)
         rank = folder / "rank00001"
@@ -110,6 +110,9 @@ def test_a_folder_of_shards_is_verified(runs, tmp_path):
             rank.write_bytes(data)
         elif damage == "cut":
             rank.write_bytes(rank.read_bytes()[:-1])
+        elif damage in ("elsewhere", "listed"):
+            text = (folder / COMPLETE).read_text()
+            (folder / COMPLETE).write_text(text.replace("rank00001", "../rank00001") if damage == "elsewhere" else "[]")
         else:
             (rank if damage == "missing" else folder / COMPLETE).unlink()
         assert what_is_wrong_with(folder)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -95,6 +95,7 @@ class Embedder(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = ComposedBackbone(config.backbone, load_pretrained=load_pretrained)
+        self.padding = 0.0  # share of what went through last
         self.use(ComputeConfig())
         width, hidden = self.backbone.width, config.hidden_dim
         if hidden is None:
@@ -141,24 +142,16 @@ class Embedder(nn.Module):
             num_again = largest_of_ranks(num_again, self.device)
         return [Part(*part, number < num_again) for number, part in enumerate(zip(cut, places, strict=True))]
 
-    def padding(self, inputs: Inputs) -> float:
-        """Share of what goes through for these items that is padding."""
-        lengths = inputs.lengths.numpy()
-        return 1.0 - float(lengths.sum()) / sum(part.places for part in self.parts(lengths))
-
     def forward(self, inputs: Inputs) -> Tensor:
         """Embeddings (N, D) in fp32, whatever parts the items go through in."""
         parts, vectors = self.parts(inputs.lengths.numpy()), []
+        self.padding = 1.0 - int(inputs.lengths.sum()) / sum(part.places for part in parts)
         for rows, _, again in parts:
             part = inputs.rows(rows)
             if again and torch.is_grad_enabled():  # the tensor argument tells which device's random numbers to replay
                 vectors.append(checkpoint(self._embed, part.token_ids, part, use_reentrant=False))
             else:
                 vectors.append(self._embed(part.token_ids, part))
-        if is_sharded(self) and len(parts) > 1 and vectors[0].requires_grad:  # ranks add their gradients up once, at the end
-            synchronise: Any = self.set_requires_gradient_sync  # pyright: ignore[reportAttributeAccessIssue]
-            synchronise(False)
-            vectors[0].register_hook(lambda _: synchronise(True))  # the first part is the last to go backward
         places = torch.from_numpy(np.concatenate([part.rows for part in parts]).argsort())
         return torch.cat(vectors)[places.to(inputs.token_ids.device)]
 
