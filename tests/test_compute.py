@@ -1,5 +1,6 @@
 """Promises of how a batch goes through the encoder: packed, padded, in parts and again, with the same vectors and gradients."""
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -24,6 +25,7 @@ from transformers import AutoConfig
 
 from datamodules.processors.composed import Inputs
 from datamodules.processors.passes import packs_of, passes_of, split_into
+from datamodules.sample import Item, Part
 from lightning_modules.encoder import packing
 from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig, probe
@@ -101,6 +103,31 @@ def test_packed_is_padded_is_cached(family):
         assert apart(found, expected) < 1e-6
         assert encoder.packed == (compute.layout != "padded")
         probe(encoder)
+
+
+def test_equal_items_go_through_once(processor, tiny_encoder, monkeypatch):
+    twice = [*ITEMS, *ITEMS[::-1], ITEMS[1]]
+    inputs, numbers = processor(twice), []
+    forward = tiny_encoder.backbone.forward
+    monkeypatch.setattr(tiny_encoder.backbone, "forward", lambda i, **k: numbers.append(len(i)) or forward(i, **k))
+    expected = vectors_and_gradients(tiny_encoder, dataclasses.replace(inputs, digests=None), ComputeConfig())
+    assert_same(vectors_and_gradients(tiny_encoder, inputs, ComputeConfig()), expected)
+    assert numbers == [len(twice), len(ITEMS)]
+    for part in (Inputs.join([inputs.rows(np.arange(4)), inputs.rows(np.arange(4, 11))]), inputs):
+        one, which = part.distinct()
+        assert which.tolist() == [0, 1, 2, 3, 4, 4, 3, 2, 1, 0, 1]
+        assert len(one) == 5
+
+
+def test_equal_items_meet_random_numbers_of_their_own(processor):
+    encoder = encoder_of("bert", hidden_dropout_prob=0.3)
+    assert encoder.draws
+    items = [Item((Part("text", "the cat", content="the cat"),))] * 2
+    with torch.no_grad():
+        assert not torch.allclose(*encoder.train()(processor(items)), atol=1e-3)
+        assert torch.equal(*encoder.eval()(processor(items)))
+    assert encoder_of("bert").draws  # its own defaults
+    assert not encoder_of("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).draws
 
 
 def test_media_go_through_in_parts_too(tiny_encoder, processor):

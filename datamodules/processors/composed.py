@@ -6,6 +6,7 @@ ids, so that any tokenizer serves unchanged; the backbone fills them with learnt
 """
 
 import dataclasses
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,7 @@ class Inputs:
         lengths: Tokens and places of each item (N,) int64; stays on the CPU, where the passes are planned.
         media: Kind to its views in order of appearance: uint8 (V, 3, H, W), for audio float32 (V, 1, mels, frames).
         num_views: Kind to the views of each item (N,) int64, on the CPU.
+        digests: 64 bits of a hash of each item's tokens and views (N,) int64, on the CPU; None where nobody made them.
         num_truncated: Items whose text was cut to the limit.
     """
 
@@ -50,6 +52,7 @@ class Inputs:
     lengths: Tensor
     media: dict[str, Tensor] = field(default_factory=dict)
     num_views: dict[str, Tensor] = field(default_factory=dict)
+    digests: Tensor | None = None
     num_truncated: int = 0
 
     def __len__(self) -> int:
@@ -63,13 +66,23 @@ class Inputs:
             media[kind] = torch.cat([column.media[kind] for column in columns if kind in column.media])
             none = [torch.zeros(len(column), dtype=torch.int64) for column in columns]
             num_views[kind] = torch.cat([c.num_views.get(kind, zeros) for c, zeros in zip(columns, none, strict=True)])
+        digests = [column.digests for column in columns if column.digests is not None]
         return cls(
             torch.cat([column.token_ids for column in columns]),
             torch.cat([column.lengths for column in columns]),
             media,
             num_views,
+            torch.cat(digests) if len(digests) == len(columns) else None,
             sum(column.num_truncated for column in columns),
         )
+
+    def distinct(self) -> tuple["Inputs", np.ndarray]:
+        """Each item once, in the order of their first appearance, and which of them each item is (N,)."""
+        if self.digests is None:
+            return self, np.arange(len(self))
+        _, first, which = np.unique(self.digests.numpy(), return_index=True, return_inverse=True)
+        order = first.argsort()
+        return (self if len(first) == len(self) else self.rows(first[order])), order.argsort()[which]
 
     def rows(self, rows: np.ndarray) -> "Inputs":
         """The items of some rows, in that order."""
@@ -83,6 +96,7 @@ class Inputs:
             self.lengths[rows],
             media,
             {kind: self.num_views[kind][rows] for kind in media},
+            None if self.digests is None else self.digests[rows],
         )
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +203,7 @@ class ComposedProcessor:
         """
         tokens = self._tokens([str(part.content) for item in items for part in item.parts if part.kind in TEXT_KINDS])
         media = {kind: [] for kind in MEDIA_KINDS}
-        rows, views, truncated = zip(*(self._sequence(item, tokens, media) for item in items), strict=True)
+        rows, views, digests, truncated = zip(*(self._sequence(item, tokens, media) for item in items), strict=True)
         lengths = torch.tensor([len(ids) for ids in rows])
         if not lengths.all():
             raise ValueError("an item came to no token: its text is empty and the tokenizer adds no begin or end")
@@ -198,6 +212,7 @@ class ComposedProcessor:
             lengths,
             {kind: torch.cat(found) for kind, found in media.items() if found},
             {kind: torch.tensor([row[kind] for row in views]) for kind, found in media.items() if found},
+            torch.tensor(digests),
             sum(truncated),
         )
 
@@ -211,12 +226,13 @@ class ComposedProcessor:
 
     def _sequence(
         self, item: Item, tokens: Iterator[list[int]], media: dict[str, list[Tensor]]
-    ) -> tuple[list[int], Counter[str], bool]:
-        """Token ids and places of one item, its views by kind, and whether text was cut.
+    ) -> tuple[np.ndarray, Counter[str], int, bool]:
+        """Token ids and places of one item, its views by kind, a hash of both, and whether text was cut.
 
         Its texts come next in `tokens`; its views are appended to `media`.
         """
         ids, room, truncated, num_views = list(self.first_ids), self.config.max_text_tokens, False, Counter()
+        digest = hashlib.blake2b(digest_size=8)
         for part in item.parts:
             assert part.content is not None, "decode items before processing them"
             if part.kind in TEXT_KINDS:
@@ -227,10 +243,13 @@ class ComposedProcessor:
             else:
                 views = self.views(part.kind, part.content)
                 media[part.kind].append(views)
+                digest.update(views.numpy().tobytes())
                 num_views[part.kind] += len(views)
                 soft = [place_id(part.kind, SOFT)] * (len(views) * self.config.tokens_per_view[part.kind])
                 ids += [place_id(part.kind, BEGIN), *soft, place_id(part.kind, END)]
-        return ids + self.last_ids, num_views, truncated
+        whole = np.array(ids + self.last_ids, np.int64)
+        digest.update(whole.tobytes())
+        return whole, num_views, int.from_bytes(digest.digest(), "little", signed=True), truncated
 
     def views(self, kind: str, content: Any) -> Tensor:
         """The views of one decoded medium: uint8 (V, 3, size, size), for audio float32 (V, 1, mels, frames)."""

@@ -106,6 +106,14 @@ class Embedder(nn.Module):
             )
 
     @property
+    def draws(self) -> bool:
+        """Whether anything is drawn at random in training: dropout of units, of attention or of whole layers."""
+        text = self.backbone.text.config.to_dict()
+        chances = [value for name, value in text.items() if "drop" in name and isinstance(value, float)]
+        chances += [getattr(module, name, 0.0) for module in self.modules() for name in ("p", "drop_prob")]
+        return any(isinstance(chance, float) and chance > 0 for chance in chances)
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
@@ -143,7 +151,13 @@ class Embedder(nn.Module):
         return [Part(*part, number < num_again) for number, part in enumerate(zip(cut, places, strict=True))]
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Embeddings (N, D) in fp32, whatever parts the items go through in."""
+        """Embeddings (N, D) in fp32, whatever parts the items go through in.
+
+        Equal items go through once, unless something is drawn at random for each.
+        """
+        which = np.arange(len(inputs))
+        if not (self.training and self.draws):
+            inputs, which = inputs.distinct()
         parts, vectors = self.parts(inputs.lengths.numpy()), []
         self.padding = 1.0 - int(inputs.lengths.sum()) / sum(part.places for part in parts)
         for rows, _, again in parts:
@@ -152,7 +166,7 @@ class Embedder(nn.Module):
                 vectors.append(checkpoint(self._embed, part.token_ids, part, use_reentrant=False))
             else:
                 vectors.append(self._embed(part.token_ids, part))
-        places = torch.from_numpy(np.concatenate([part.rows for part in parts]).argsort())
+        places = torch.from_numpy(np.concatenate([part.rows for part in parts]).argsort()[which])
         return torch.cat(vectors)[places.to(inputs.token_ids.device)]
 
     def _embed(self, token_ids: Tensor, inputs: Inputs) -> Tensor:
