@@ -85,7 +85,7 @@ class Checkpoints(Checkpoint):
             OSError: The disk is full; the former checkpoints stay.
         """
         lost = [name for name, value in pl_module.state_dict().items() if not torch.isfinite(share(value)).all()]
-        if trainer.strategy.reduce_boolean_decision(bool(lost), all=False):
+        if trainer.strategy.reduce_boolean_decision(bool(lost), all=False) if trainer.world_size > 1 else lost:
             where = f"{lost[0] if lost else 'a weight of another rank'} holds values that are not finite"
             raise ValueError(
                 f"{where} at step {trainer.global_step}; no checkpoint is written. "

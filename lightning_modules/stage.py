@@ -79,6 +79,7 @@ class Stage(L.LightningModule):
         self.collapse = CollapseWatch()
         self.encoder.use(compute)
         self._compared = not compare_cached
+        self._noted: dict[str, float] = {}
         freeze(self, optimizer)
 
     @property

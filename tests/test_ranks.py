@@ -24,7 +24,7 @@ def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
         for rank in range(request.param)
     ]
     assert [process.wait(timeout=200) for process in processes] == [0] * request.param
-    return [torch.load(folder / f"rank{rank}of{request.param}.pt") for rank in range(request.param)]
+    return [torch.load(folder / f"rank{rank}of{request.param}.pt", weights_only=True) for rank in range(request.param)]
 
 
 @pytest.mark.parametrize("case", [*CASES, "sharded"])

@@ -153,10 +153,11 @@ class Embedder(nn.Module):
     def forward(self, inputs: Inputs) -> Tensor:
         """Embeddings (N, D) in fp32, whatever parts the items go through in.
 
-        Equal items go through once, unless something is drawn at random for each.
+        Equal items go through once, unless something is drawn at random for each, or ranks that share weights, who need as
+        many parts as the others, could be left with too few.
         """
         which = np.arange(len(inputs))
-        if not (self.training and self.draws):
+        if not is_sharded(self) and not (self.training and self.draws):
             inputs, which = inputs.distinct()
         parts, vectors = self.parts(inputs.lengths.numpy()), []
         self.padding = 1.0 - int(inputs.lengths.sum()) / sum(part.places for part in parts)
