@@ -79,10 +79,10 @@ class Sharded(ModelParallelStrategy):
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        own = self.lightning_module.state_dict() if self.lightning_module is not None else {}
-        state = {name: shared_out(value, own[name]) for name, value in checkpoint["state_dict"].items() if name in own}
         assert self.lightning_module is not None
-        self.lightning_module.load_state_dict({**checkpoint["state_dict"], **state}, strict=strict)
+        own = self.lightning_module.state_dict()
+        state = {name: shared_out(value, own.get(name)) for name, value in checkpoint["state_dict"].items()}
+        self.lightning_module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -94,11 +94,11 @@ class Sharded(ModelParallelStrategy):
             optimizer.load_state_dict({**state, "state": moments})
 
 
-def shard(encoder: nn.Module, layers: list[nn.Module], mesh: Any) -> None:
-    """Share out the parameters of an encoder over the ranks of a mesh: those of each layer together, then all others."""
+def shard(module: nn.Module, layers: list[nn.Module], mesh: Any) -> None:
+    """Share out a module's parameters over the ranks of a mesh: those of each of its layers together, then all others."""
     for layer in layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(encoder, mesh=mesh)
+    fully_shard(module, mesh=mesh)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def share(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def shared_out(tensor: Any, like: Tensor) -> Any:
+def shared_out(tensor: Any, like: Any) -> Any:
     """A whole tensor as another of its shape is shared out; anything else is itself."""
     if not isinstance(like, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != like.shape:
         return tensor
@@ -132,9 +132,18 @@ def put_together(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[s
     Args:
         folder: A sharded checkpoint.
         read: Reads a rank's file.
+
+    Raises:
+        ValueError: The ranks' files are not those of one checkpoint.
     """
     ranks = [read(folder / name) for name in sorted(_complete(folder)["files"])]
-    return _merged(ranks)
+    try:
+        return _merged(ranks)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the checkpoint {folder} cannot be put together: its {len(ranks)} files do not fit ({reason})"
+        ) from error
 
 
 def what_is_wrong_with_shards(folder: Path) -> str | None:

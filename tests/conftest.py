@@ -1,6 +1,7 @@
 """What tests share: a small world of shards, a processor, a tiny encoder."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from samples import TEXTS, TINY_TEXT, TINY_VIT
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported; on a GPU experiments/bench/loss.py checks them
 torch.set_num_threads(2)
+
+from trials import Zygote  # noqa: E402
 
 from datamodules.processors.composed import ComposedProcessor, ProcessorConfig  # noqa: E402
 from datamodules.processors.tokenizer import train_tokenizer  # noqa: E402
@@ -25,6 +28,14 @@ def world(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("world")
     write_world(str(root), num_train=96, num_test=24, seed=3, num_workers=1)
     return root
+
+
+@pytest.fixture(scope="session")
+def zygote(world) -> Iterator[Zygote]:
+    """Begins runs over that world in a moment."""
+    zygote = Zygote(world)
+    yield zygote
+    zygote.close()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import torch
 from samples import TINY_TEXT, TINY_VIT
 from torch import nn
 from torch.optim import AdamW, Muon
-from trials import Zygote, consumed, weights_hash
+from trials import consumed, weights_hash
 
 from lightning_modules.checkpoints import VerifiedCheckpointIO
 from lightning_modules.ema import EMA, averaged
@@ -358,13 +358,6 @@ OPTIONS = {
     "bf16": [NO_QUEUE, "trainer.precision=bf16-mixed"],
     "gathering": [NO_QUEUE, "trainer.accumulate_grad_batches=2", "model.snapshot_every=2"],
 }
-
-
-@pytest.fixture(scope="module")
-def zygote(world):
-    zygote = Zygote(world)
-    yield zygote
-    zygote.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from trials import Zygote, consumed, weights_hash
+from trials import consumed, weights_hash
 
 from lightning_modules.checkpoints import FOLDER, VerifiedCheckpointIO, in_order, newest
 from lightning_modules.encoder.checkpoint import read_weights
 
 FULL = pytest.mark.full
-
-
-@pytest.fixture(scope="module")
-def zygote(world):
-    zygote = Zygote(world)
-    yield zygote
-    zygote.close()
 
 
 @pytest.fixture(scope="module")

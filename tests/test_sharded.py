@@ -1,5 +1,6 @@
 """Promises of every strategy: one process, DDP and FSDP2 train the same, in parts or whole; any checkpoint goes on in any."""
 
+import json
 import random
 import shutil
 import signal
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trials import Zygote, consumed, weights_hash
+from trials import consumed, weights_hash
 
 from lightning_modules.checkpoints import FOLDER, VerifiedCheckpointIO, in_order, newest, what_is_wrong_with
 from lightning_modules.encoder.checkpoint import read_weights
@@ -19,13 +20,6 @@ IN_PARTS = ["model.compute.max_tokens=64", "model.compute.checkpoint_layers=true
 SHARDED = ["trainer.strategy={class_path: lightning_modules.sharded.Sharded}"]
 LAYOUTS = {"one": (1, []), "ddp": (2, []), "sharded": (2, SHARDED)}
 NEAR = 1e-3  # two runs of 12 steps whose sums have another order end so near to each other, as AdamW divides by what is small
-
-
-@pytest.fixture(scope="module")
-def zygote(world):
-    zygote = Zygote(world)
-    yield zygote
-    zygote.close()
 
 
 def trained(zygote, out: Path, layout: str, *more: str) -> Path:
@@ -100,6 +94,13 @@ def test_a_folder_of_shards_is_verified(runs, tmp_path):
     assert {name: x.shape for name, x in found["state_dict"].items()} == {
         name: x.shape for name, x in one["state_dict"].items()
     }
+    alone = tmp_path / "alone" / whole.name
+    shutil.copytree(whole, alone)
+    complete = json.loads((alone / COMPLETE).read_text())
+    del complete["files"]["rank00001"]
+    (alone / COMPLETE).write_text(json.dumps(complete))
+    with pytest.raises(ValueError, match="cannot be put together: its 1 files do not fit"):
+        VerifiedCheckpointIO().load_checkpoint(alone)
     for damage in ("byte", "missing", "unfinished", "cut", "elsewhere", "listed"):
         folder = tmp_path / damage / whole.name
         shutil.copytree(whole, folder)

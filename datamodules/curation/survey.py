@@ -127,7 +127,7 @@ def spreads(split: Split) -> dict[tuple[str, str], Spread]:
 
 
 def padding(split: Split, batch_size: int) -> tuple[float, float] | None:
-    """Share of a batch's places for text that are padding: with whole batches, and in the encoder's passes.
+    """Share of a batch's places for text that are padding: with whole batches, and in passes of like length.
 
     Lengths are the texts' bytes, as tokens. None where there is no text, or no whole batch.
     """

@@ -45,6 +45,8 @@ class EncoderConfig:
 class ComputeConfig:
     """How a batch goes through the encoder. None of it changes a vector or a gradient; time and memory are what it changes.
 
+    Where dropout is on, other parts draw other numbers, as other batches would.
+
     Args:
         layout: `packed`: items lie end to end, without padding. `padded`: in passes of like length. `auto`: packed where the
             text model attends by SDPA and is not compiled.
