@@ -68,7 +68,7 @@ def lengths_section(tasks: Mapping[str, TaskSpec], shards: Shards) -> Section:
     columns = ("<task", "<column", "<holds", "<measure", "median", "95 %", "longest")
     note = (
         "From the index alone, without prompts. Padding is the share of the places for text (query and target) that batches "
-        "fill with nothing: whole ones, and in passes of like length, for an encoder that cannot take items end to end; no value "
+        "fill with nothing: whole ones, and in passes of like length where items cannot lie end to end; no value "
         "where there is no text."
     )
     padded = Listing(("<task", "batch", "padding of whole batches", "in passes"), batches)
