@@ -1,7 +1,7 @@
 """Promises to whoever is handed a file that is no medium: it is read, or refused in a sentence; no code runs, nothing explodes.
 
 JSON records, the tables of an index, a run's checkpoints and encoders' folders, all made here by a fresh process that forks
-for each, so that growth is exact. Tars are tested in test_tar.py and test_faults.py, media in test_hostile_media.py.
+for each, so that growth is exact. Tars are tested in test_tar.py and test_changed_splits.py, media in test_hostile_media.py.
 """
 
 import hashlib
