@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ SMALL = [
     "model.encoder.backbone.text.attention_dropout=0.1",  # what is drawn at random must be the same after a resume
     "model.objective.queue=10",  # and so must what is kept of past batches
 ]
+HANGS = 120.0  # seconds after which a run that should end is killed, and its test fails
 TWO_RANKS = ["trainer.devices=2", "trainer.strategy=ddp_find_unused_parameters_true", "trainer.accelerator=cpu"]
 
 
@@ -86,9 +88,17 @@ class Run:
         for rank in ranks or range(len(self.pids)):
             os.kill(self.pids[rank], stop)
 
+    def kill(self) -> None:
+        for group in filter(alive, self.pids):
+            os.killpg(group, signal.SIGKILL)
+
     def wait(self) -> list[int]:
-        """Exit statuses, once all have ended; nothing of the run may be left two seconds later."""
+        """Exit statuses, once all have ended; nothing of the run may be left two seconds later, and none may hang."""
+        watch = threading.Timer(HANGS, self.kill)
+        watch.start()
         statuses = [self.zygote.ask(wait=pid) for pid in self.pids]
+        assert not watch.finished.is_set(), f"the run hung:\n{self.log()}"
+        watch.cancel()
         deadline = time.monotonic() + 2.0
         while left := [pid for pid in self.pids if alive(pid)]:
             assert time.monotonic() < deadline, f"processes of the groups {left} outlived the run"
