@@ -90,7 +90,9 @@ def apart(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 def test_packed_is_padded_is_cached(family):
     encoder, inputs = encoder_of(family), texts(3, 9, 1, 9, 20, 5, 3, 12)
     expected = vectors_and_gradients(encoder, inputs, ComputeConfig("padded", pass_cost=10**6))
+    assert [name for name, parameter in encoder.named_parameters() if parameter.grad is None] == []
     assert encoder.parts(inputs.lengths.numpy())[0].places == 8 * 20
+    assert encoder.padding == pytest.approx(1 - 62 / 160)
     for compute in (
         ComputeConfig(),
         ComputeConfig("padded", pass_cost=4),
@@ -117,6 +119,13 @@ def test_equal_items_go_through_once(processor, tiny_encoder, monkeypatch):
         one, which = part.distinct()
         assert which.tolist() == [0, 1, 2, 3, 4, 4, 3, 2, 1, 0, 1]
         assert len(one) == 5
+
+
+def test_items_whose_media_alone_differ_are_not_equal(processor):
+    black, white = (np.full((8, 8, 3), value, np.uint8) for value in (0, 255))
+    inputs = processor([Item((Part("image", b"x", "png", content=content),)) for content in (black, white, black)])
+    assert len(set(inputs.token_ids.view(3, -1).unique(dim=0))) == 1
+    assert inputs.distinct()[1].tolist() in ([0, 1, 0], [1, 0, 1])
 
 
 def test_equal_items_meet_random_numbers_of_their_own(processor):
@@ -322,6 +331,13 @@ def test_the_probe_refuses_to_pack_what_leaks_from_item_to_item(monkeypatch):
         probe(encoder)
     encoder.use(ComputeConfig("padded"))
     probe(encoder)
+
+
+@pytest.mark.parametrize("change", [{"softcap": 50.0}, {"position_bias": torch.zeros(1)}])
+def test_scores_that_a_model_changes_are_not_packed(change):
+    states = torch.zeros(1, 2, 5, 4)
+    with pytest.raises(ValueError, match="changes its attention scores"):
+        packing.attend(None, states, states, states, None, packed_lengths=torch.tensor([2, 3]), **change)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at all of them

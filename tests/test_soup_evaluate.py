@@ -270,3 +270,13 @@ def test_a_query_with_nothing_relevant_is_named(tiny_encoder, processor, tmp_pat
     judge = Judge(tiny_encoder, processor, tmp_path, batch_size=2, num_workers=0, device="cpu")
     with pytest.raises(ValueError, match="1 queries have nothing relevant, the first is 'lost'"):
         judge.results({"docs/text-text": BenchmarkSpec("retrieval", "queries", corpus="corpus")})
+
+
+def test_an_encoder_that_cannot_be_right_is_not_judged(tiny_encoder, processor, world, tmp_path):
+    with torch.no_grad():
+        for parameter in tiny_encoder.parameters():
+            parameter.zero_()
+    save_encoder(tmp_path / "encoder", tiny_encoder, processor, provenance={"stage": "test"})
+    with pytest.raises(ValueError, match="still causal"):
+        evaluate(str(tmp_path / "encoder"), str(world), WORLD, str(tmp_path / "out"), device="cpu")
+    assert not (tmp_path / "out").exists()

@@ -53,7 +53,7 @@ def test_a_run_leaves_its_encoder_configuration_and_curves(trained):
     with next((trained / "logs").glob("version_*/metrics.csv")).open() as file:
         rows = list(csv.DictReader(file))
     for task in ("world/text-image", "world/text-audio", "world/mixed-image"):
-        for name in ("loss", "loss@4", "loss@16", "positive_cosine", "masked_share", "pairwise_cosine", "collapsed"):
+        for name in ("loss", "loss@4", "loss@16", "positive_cosine", "masked_share", "padding", "pairwise_cosine", "collapsed"):
             assert any(row[f"train/{task}/{name}"] for row in rows), f"{task}/{name}"
     assert list((trained / "tensorboard").rglob("events*"))
     assert (trained / "printed.txt").read_text().count("first loss ") == 1
