@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from datamodules.order import generator
-from datamodules.processors.composed import ComposedProcessor, Inputs
+from datamodules.processors.inputs import Inputs
+from datamodules.processors.processor import Processor
 from datamodules.sample import Example, Item, Part, content_id_of_label
 from datamodules.tasks import TaskSpec, apply_prompt
 
@@ -74,7 +75,7 @@ class Collate:
     """
 
     tasks: Mapping[str, TaskSpec]
-    processor: ComposedProcessor
+    processor: Processor
     prompt_dropout: float
     seed: int
 

@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.collate import with_prompt
 from datamodules.loader import loader_of
-from datamodules.processors.composed import ComposedProcessor, Inputs
+from datamodules.processors.inputs import Inputs
+from datamodules.processors.processor import Processor
 from datamodules.shards import Split
 from datamodules.stream import Source
 
@@ -35,7 +36,7 @@ class Corpus(Dataset[CorpusBatch]):
         ValueError: (on reading) an example has no such column, or cannot be decoded.
     """
 
-    def __init__(self, split: Split, column: str, prompt: str | None, processor: ComposedProcessor, batch_size: int) -> None:
+    def __init__(self, split: Split, column: str, prompt: str | None, processor: Processor, batch_size: int) -> None:
         self.source = Source(split, processor.config.decode)
         self.column, self.prompt, self.processor, self.batch_size = column, prompt, processor, batch_size
 

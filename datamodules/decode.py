@@ -1,6 +1,6 @@
 """Bytes to content, bounded: what a part declares is checked before it is decoded, and what cannot be decoded raises.
 
-Text and code pass as they are. Images become uint8 (H, W, 3), pages a list of such, video uint8 (T, H, W, 3),
+Text and code pass as they are. Images become uint8 (H, W, 3), pages a list of such, video a `Film`,
 audio float32 (samples,) mono at 16 kHz. A refusal's `cause` is "does not decode" where the bytes are bad; any other
 ("unknown format", "too long", "too slow", ..) means that the part may be whole but is not of a kind or size that is read.
 """

@@ -14,14 +14,14 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
 from datamodules.cache import Cache
 from datamodules.collate import Batch, Collate, with_prompt
 from datamodules.loader import loader_of
 from datamodules.order import Order
 from datamodules.plan import Plan, PlannedTask
-from datamodules.processors.composed import ComposedProcessor, ProcessorConfig
+from datamodules.processors.loading import load_processor, new_processor
+from datamodules.processors.processor import Processor, ProcessorConfig
 from datamodules.processors.tokenizer import train_tokenizer
 from datamodules.sample import BadExampleError, Item
 from datamodules.shards import Split
@@ -105,7 +105,7 @@ class TrainingData(L.LightningDataModule):
         self.splits = {name: Split(store / task.shards) for name, task in self.tasks.items()}
         self.plan = self._make_plan(None)
 
-    def _make_plan(self, processor: ComposedProcessor | None) -> Plan:
+    def _make_plan(self, processor: Processor | None) -> Plan:
         """The run's plan; with the processor's lengths once that is known."""
         planned = {}
         for name, task in self.tasks.items():
@@ -117,12 +117,10 @@ class TrainingData(L.LightningDataModule):
         return Plan(planned, seed=self.seed, steps_per_block=self.steps_per_block)
 
     def prepare_data(self) -> None:
-        if (
-            self.processor_config is not None
-            and self.processor_config.tokenizer is None
-            and not self._tokenizer_folder().exists()
-        ):
-            tokenizer = train_tokenizer(self._texts(), self.processor_config.vocab_size)
+        config = self.processor_config
+        is_new = config is not None and config.tokenizer is None and config.native is None
+        if config is not None and is_new and not self._tokenizer_folder().exists():
+            tokenizer = train_tokenizer(self._texts(), config.vocab_size)
             beside = self._tokenizer_folder().with_suffix(f".{os.getpid()}.partial")
             try:
                 tokenizer.save_pretrained(beside)
@@ -138,12 +136,11 @@ class TrainingData(L.LightningDataModule):
         del stage
         if self.processor_config is None:
             assert self.init_from is not None
-            self.processor = ComposedProcessor.load(Path(self.init_from))
+            self.processor = load_processor(Path(self.init_from))
         else:
-            named = self.processor_config.tokenizer or self._tokenizer_folder()
-            self.processor = ComposedProcessor(
-                self.processor_config, AutoTokenizer.from_pretrained(named, trust_remote_code=False)
-            )
+            config = self.processor_config
+            own = config.tokenizer or (self._tokenizer_folder() if config.native is None else None)
+            self.processor = new_processor(config, own)
         self.plan = self._make_plan(self.processor)
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -248,7 +245,7 @@ class _Lengths:
     """Positions to the lengths of their query and target together, from the index alone."""
 
     split: Split
-    processor: ComposedProcessor
+    processor: Processor
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         extents = self.split.extents(positions)

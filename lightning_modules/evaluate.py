@@ -19,7 +19,7 @@ from torch import Tensor
 from datamodules.collate import with_prompt
 from datamodules.corpus import Corpus
 from datamodules.files import replace_file
-from datamodules.processors.composed import ComposedProcessor
+from datamodules.processors.processor import Processor
 from datamodules.sample import Item, text_item
 from datamodules.shards import Split
 from datamodules.tasks import BenchmarkSpec, modalities_of
@@ -100,7 +100,7 @@ class Judge:
     """
 
     def __init__(
-        self, encoder: Embedder, processor: ComposedProcessor, root: Path, *, batch_size: int, num_workers: int, device: str
+        self, encoder: Embedder, processor: Processor, root: Path, *, batch_size: int, num_workers: int, device: str
     ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,12 +15,12 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-TEXT = "encoder.backbone.text."
-PREFIXES = {
-    "text": TEXT,
-    "towers": "encoder.backbone.towers.",
-    "boundaries": "encoder.backbone.boundaries.",
-    "projection": "encoder.projection.",
+TEXTS = ("encoder.backbone.text.", "encoder.backbone.model.language_model.", "encoder.backbone.model.text_model.")
+PREFIXES = {  # the first that fits
+    "text": TEXTS,
+    "towers": ("encoder.backbone.towers.", "encoder.backbone.model."),
+    "boundaries": ("encoder.backbone.boundaries.",),
+    "projection": ("encoder.projection.",),
 }
 PARTS = (*PREFIXES, "objective")
 
@@ -122,7 +122,7 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
 
 def part_of(name: str) -> str:
     """The part of a stage that a parameter of this name belongs to."""
-    return next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), "objective")
+    return next((part for part, prefixes in PREFIXES.items() if name.startswith(prefixes)), "objective")
 
 
 def layer_factors(module: nn.Module, layer_decay: float) -> dict[str, float]:
@@ -135,7 +135,8 @@ def layer_factors(module: nn.Module, layer_decay: float) -> dict[str, float]:
     """
     if layer_decay == 1:
         return {}
-    text: Any = module.get_submodule(TEXT.rstrip("."))
+    names = [name for name, _ in module.named_modules() if f"{name}." in TEXTS]
+    text: Any = module.get_submodule(names[0])
     num_layers = text.config.num_hidden_layers
     lists = [f"{n}." for n, inner in text.named_modules() if isinstance(inner, nn.ModuleList) and len(inner) == num_layers]
     outermost = [name for name in lists if not any(name != other and name.startswith(other) for other in lists)]
@@ -148,7 +149,7 @@ def layer_factors(module: nn.Module, layer_decay: float) -> dict[str, float]:
     for name, _ in text.named_parameters():
         if name.startswith(outermost[0]):
             layer = 1 + int(name.removeprefix(outermost[0]).partition(".")[0])
-        factors[TEXT + name] = layer_decay ** (num_layers - layer)
+        factors[f"{names[0]}.{name}"] = layer_decay ** (num_layers - layer)
     return factors
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from datamodules.collate import Batch
 from datamodules.order import generator
-from datamodules.processors.composed import Inputs
+from datamodules.processors.inputs import Inputs
 from datamodules.training import TrainingData
 from lightning_modules.ema import averaged
 from lightning_modules.encoder.checkpoint import (

@@ -14,7 +14,8 @@ torch.set_num_threads(2)
 
 from trials import Zygote  # noqa: E402
 
-from datamodules.processors.composed import ComposedProcessor, ProcessorConfig  # noqa: E402
+from datamodules.processors.composed import ComposedProcessor  # noqa: E402
+from datamodules.processors.processor import ProcessorConfig  # noqa: E402
 from datamodules.processors.tokenizer import train_tokenizer  # noqa: E402
 from datamodules.world import write_world  # noqa: E402
 from lightning_modules.encoder.composed import ComposedConfig  # noqa: E402

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from webdataset.compat import WebDataset
 
-from datamodules.processors.composed import Inputs
+from datamodules.processors.inputs import Inputs
 from datamodules.sample import Example, media_item, text_item
 from datamodules.stream import Source
 

@@ -23,7 +23,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig
 
-from datamodules.processors.composed import Inputs
+from datamodules.processors.inputs import Inputs
 from datamodules.processors.passes import packs_of, passes_of, split_into
 from datamodules.sample import Item, Part
 from lightning_modules.encoder import packing

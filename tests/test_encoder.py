@@ -9,7 +9,8 @@ import torch.nn.functional as F
 import transformers
 from samples import TINY_TEXT
 
-from datamodules.processors.composed import Inputs
+from datamodules.media.video import Film
+from datamodules.processors.inputs import Inputs
 from datamodules.sample import Item, Part
 from lightning_modules.encoder import towers
 from lightning_modules.encoder.composed import ComposedBackbone, ComposedConfig
@@ -19,12 +20,13 @@ from lightning_modules.encoder.towers import Tower, TowerConfig
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(3)]
 WAVE = RNG.standard_normal(20_000).astype(np.float32)
+FILM = Film(np.stack(PICTURES), 3.0)
 
 
 def item(*contents):
     parts = []
     for value in contents:
-        kind = "text" if isinstance(value, str) else "audio" if value.ndim == 1 else "image" if value.ndim == 3 else "video"
+        kind = {str: "text", Film: "video"}.get(type(value)) or ("audio" if value.ndim == 1 else "image")
         parts.append(Part(kind, value if kind == "text" else b"x", "" if kind == "text" else "bin", content=value))
     return Item(tuple(parts))
 
@@ -33,7 +35,7 @@ ITEMS = [
     item("cat"),
     item("the cat", PICTURES[0], "sat on the mat", PICTURES[1]),
     item(WAVE),
-    item(np.stack(PICTURES)),
+    item(FILM),
     item(PICTURES[2], WAVE, "0123456789"),
 ]
 
@@ -66,7 +68,7 @@ def test_the_order_of_parts_matters(tiny_encoder, processor):
 
 
 def test_every_parameter_learns(tiny_encoder, processor):
-    tiny_encoder(processor([*ITEMS, item(np.stack(PICTURES))])).square().sum().backward()
+    tiny_encoder(processor([*ITEMS, item(FILM)])).square().sum().backward()
     page = Item((Part("page", b"x", "png", content=[PICTURES[0]]),))
     tiny_encoder(processor([page])).square().sum().backward()
     silent = [name for name, parameter in tiny_encoder.named_parameters() if parameter.grad is None or not parameter.grad.any()]

@@ -22,7 +22,7 @@ from datamodules.cache import Cache
 from datamodules.index import index_tar, write_index
 from datamodules.order import Order
 from datamodules.plan import Plan, PlannedTask
-from datamodules.processors.composed import ProcessorConfig
+from datamodules.processors.processor import ProcessorConfig
 from datamodules.record import Columns
 from datamodules.sample import Example, text_item
 from datamodules.shards import Split, write_split

@@ -29,7 +29,8 @@ import pytest
 import torch
 from samples import TEXTS, TINY_TEXT, TINY_VIT, pairs
 
-from datamodules.processors.composed import ComposedProcessor, ProcessorConfig
+from datamodules.processors.composed import ComposedProcessor
+from datamodules.processors.processor import ProcessorConfig
 from datamodules.processors.tokenizer import train_tokenizer
 from datamodules.record import from_record
 from datamodules.shards import Split, write_split

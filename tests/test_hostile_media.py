@@ -472,7 +472,8 @@ def report(part: Part) -> dict[str, Any]:
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     try:
         content = decode_part(part, DecodeLimits()).content
-        result = [array.shape for array in content] if isinstance(content, list) else content.shape
+        arrays = content if isinstance(content, list) else [getattr(content, "frames", content)]
+        result = [array.shape for array in arrays] if isinstance(content, list) else arrays[0].shape
     except BadExampleError as error:
         result = error.cause
     except BaseException as error:

@@ -8,7 +8,11 @@ import torch
 from samples import ids_of
 from transformers import CanineTokenizer
 
-from datamodules.processors.composed import BEGIN, END, SOFT, ComposedProcessor, Inputs, ProcessorConfig, place_id
+from datamodules.media.video import Film
+from datamodules.processors.composed import BEGIN, END, SOFT, ComposedProcessor, place_id
+from datamodules.processors.inputs import Inputs
+from datamodules.processors.loading import load_processor
+from datamodules.processors.processor import ProcessorConfig
 from datamodules.processors.tokenizer import train_tokenizer
 from datamodules.sample import Item, Part
 
@@ -39,7 +43,7 @@ def test_places_are_negative_and_distinct():
     [
         ("image", PICTURE, 1),
         ("page", [PICTURE, PICTURE], 4),
-        ("video", np.stack([PICTURE] * 3), 3),
+        ("video", Film(np.stack([PICTURE] * 3), 3.0), 3),
         ("audio", np.zeros(16_000, np.float32), 1),
         ("audio", np.zeros(40_000, np.float32), 3),
     ],
@@ -122,7 +126,7 @@ def test_rows_take_their_media_with_them_and_columns_are_joined(processor):
 
 def test_it_is_the_same_after_saving(processor, tmp_path):
     processor.save(tmp_path)
-    again = ComposedProcessor.load(tmp_path)
+    again = load_processor(tmp_path)
     assert again.config == processor.config
     item = Item((part("text", "ein großer blauer Stern"), part("image", PICTURE)))
     assert torch.equal(again([item]).token_ids, processor([item]).token_ids)

@@ -13,7 +13,7 @@ from samples import ids_of, picture_bytes
 from datamodules.collate import Collate, with_prompt
 from datamodules.decode import decode_example
 from datamodules.media.limits import DecodeLimits
-from datamodules.processors.composed import ProcessorConfig
+from datamodules.processors.processor import ProcessorConfig
 from datamodules.sample import Example, content_id_of_label, media_item, text_item
 from datamodules.shards import Split, write_split
 from datamodules.tasks import BenchmarkSpec, TaskSpec, modalities_of

@@ -17,7 +17,7 @@ from samples import Watched, pairs
 
 from datamodules.loader import loader_of
 from datamodules.plan import rows_of_rank
-from datamodules.processors.composed import ProcessorConfig
+from datamodules.processors.processor import ProcessorConfig
 from datamodules.shards import Split, write_split
 from datamodules.training import TrainingData
 

@@ -10,8 +10,8 @@ from rich.progress import Progress
 
 from datamodules.extent import EXTENT
 from datamodules.order import generator
-from datamodules.processors.composed import BYTES_PER_TOKEN
 from datamodules.processors.passes import passes_of
+from datamodules.processors.processor import BYTES_PER_TOKEN
 from datamodules.shards import Split
 from datamodules.store import Store
 

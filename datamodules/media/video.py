@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -18,8 +18,20 @@ MAX_FRAME_RATE = 240  # frames a second of video
 OFFLINE = {"protocol_whitelist": "none", "enable_drefs": "0"}  # a video is its own bytes: no other file, no network
 
 
-def decode_video(data: bytes, format: str, limits: DecodeLimits) -> np.ndarray:
-    """MP4 or WebM to uint8 (T, H, W, 3): frames at the middles of T equal spans of the clip, in the size of the first."""
+class Film(NamedTuple):
+    """A decoded video.
+
+    Args:
+        frames: uint8 (T, H, W, 3), at the middles of T equal spans, in the size of the first.
+        seconds: How long it lasts.
+    """
+
+    frames: np.ndarray
+    seconds: float
+
+
+def decode_video(data: bytes, format: str, limits: DecodeLimits) -> Film:
+    """MP4 or WebM to its frames at even times."""
     check_format("video", format, VIDEO_FORMATS)
     bound = {"max_pixels": str(min(limits.max_pixels, MAX_FRAME_BYTES * 8 // 12))}  # 12 bits a pixel are the fewest in use
     options = OFFLINE | bound
@@ -35,7 +47,8 @@ def decode_video(data: bytes, format: str, limits: DecodeLimits) -> np.ndarray:
         require(seconds <= longest, f"this video lasts {seconds:.1f} s; allowed: at most {longest} s", "too long")
         num_frames = min(limits.max_frames, max(1, round(seconds * limits.frames_per_second)))
         wanted = [(i + 0.5) * seconds / num_frames for i in range(num_frames)]
-        return _frames_at(_decoded(container, stream, math.ceil(seconds * MAX_FRAME_RATE), limits), wanted, limits)
+        decoded = _decoded(container, stream, math.ceil(seconds * MAX_FRAME_RATE), limits)
+        return Film(_frames_at(decoded, wanted, limits), seconds)
 
 
 def _decoded(container: Any, stream: Any, max_decoded: int, limits: DecodeLimits) -> Iterator[Any]:

@@ -23,7 +23,7 @@ import torch
 from loss import peak_bytes
 from stream import CONSOLE, numbers, show
 
-from datamodules.processors.composed import Inputs
+from datamodules.processors.inputs import Inputs
 from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig
 from lightning_modules.objective.objective import Objective, ObjectiveConfig

@@ -11,8 +11,9 @@ from webdataset.compat import WebDataset
 from datamodules.collate import Collate, with_prompt
 from datamodules.decode import decode_example
 from datamodules.loader import loader_of
-from datamodules.processors.composed import Inputs, ProcessorConfig
+from datamodules.processors.inputs import Inputs
 from datamodules.processors.passes import passes_of
+from datamodules.processors.processor import ProcessorConfig
 from datamodules.record import from_record
 from datamodules.sample import Example
 from datamodules.stream import Source, StepStream

@@ -26,7 +26,7 @@ from datamodules.files import sha256_of
 from datamodules.index import FORMAT, MEMBER, TABLES, example_dtype
 from datamodules.loader import loader_of
 from datamodules.plan import Plan
-from datamodules.processors.composed import ComposedProcessor
+from datamodules.processors.loading import load_processor
 from datamodules.tasks import TaskSpec
 from datamodules.training import TrainingData
 
@@ -90,7 +90,7 @@ def write_simulated(folder: Path, num_examples: int) -> None:
 
 def probe(root: Path, processor: Path, window: int | None, batch_size: int) -> dict[str, float]:
     """Seconds and MiB of a run's start on this process, which must be new, and of a worker forked from it."""
-    ComposedProcessor.load(processor)  # what it imports is not counted
+    load_processor(processor)  # what it imports is not counted
     gc.collect()
     before, profile = Memory.now(reset=True), Profile()
     task = TaskSpec("simulated", batch_size=batch_size)

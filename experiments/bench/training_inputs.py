@@ -16,7 +16,8 @@ from turns import Job
 
 from datamodules.collate import with_prompt
 from datamodules.order import generator
-from datamodules.processors.composed import ComposedProcessor, ProcessorConfig
+from datamodules.processors.composed import ComposedProcessor
+from datamodules.processors.processor import ProcessorConfig
 from datamodules.processors.tokenizer import train_tokenizer
 from datamodules.recipes.pack import prepare
 from datamodules.sample import Example

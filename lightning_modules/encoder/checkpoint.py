@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from datamodules.files import replace_folder, sha256_of
-from datamodules.processors.composed import ComposedProcessor
+from datamodules.processors.loading import load_processor
+from datamodules.processors.processor import Processor
 from datamodules.record import read_json
 from lightning_modules.encoder.composed import ComposedConfig
-from lightning_modules.encoder.embedder import Embedder, EncoderConfig
+from lightning_modules.encoder.embedder import Embedder, EncoderConfig, leaves
 from lightning_modules.encoder.towers import TowerConfig
 
 FORMAT = "polyphony-encoder/1"
@@ -27,7 +28,7 @@ WEIGHTS = "model.safetensors"
 def save_encoder(
     folder: str | Path,
     encoder: Embedder,
-    processor: ComposedProcessor,
+    processor: Processor,
     *,
     provenance: Mapping[str, Any],
     weights: Mapping[str, Tensor] | None = None,
@@ -58,7 +59,7 @@ def save_encoder(
         processor.save(beside)
         described = {
             "format": FORMAT,
-            "config": dataclasses.asdict(encoder.config),
+            "config": dataclasses.asdict(_standing_alone(encoder)),
             "provenance": dict(provenance),
             "sha256": sha256_of(beside / WEIGHTS),
         }
@@ -70,7 +71,16 @@ def save_encoder(
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def load_encoder(folder: str | Path) -> tuple[Embedder, ComposedProcessor]:
+def _standing_alone(encoder: Embedder) -> EncoderConfig:
+    """The encoder's shape with the configuration of a pretrained model in it, so that its folder needs no other."""
+    config = encoder.config
+    if config.backbone.pretrained is None:
+        return config
+    text = encoder.backbone.settings
+    return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, pretrained=None, revision=None, text=text))
+
+
+def load_encoder(folder: str | Path) -> tuple[Embedder, Processor]:
     """The encoder and its processor.
 
     Raises:
@@ -81,7 +91,7 @@ def load_encoder(folder: str | Path) -> tuple[Embedder, ComposedProcessor]:
     _require_outline(config, weights, str(folder))
     encoder = Embedder(config, load_pretrained=False)
     load_weights(encoder, weights, str(folder))
-    return encoder, ComposedProcessor.load(folder)
+    return encoder, load_processor(folder)
 
 
 def read_config(folder: str | Path) -> EncoderConfig:
@@ -146,8 +156,8 @@ def require_same_shape(encoder: Embedder, weights: Mapping[str, Tensor], where: 
 
 def _require_outline(config: EncoderConfig, weights: Mapping[str, Tensor], where: str) -> None:
     """Refuse a described shape that is not that of the weights before memory is taken for it: it may come from anywhere."""
-    described = [config.backbone.text or {}, *(tower.arguments for tower in config.backbone.towers.values())]
-    for layers in (fields.get(name, 0) for fields in described for name in ("num_hidden_layers", "depth")):
+    counts = ("num_hidden_layers", "depth", "encoder_layers", "num_layers")
+    for layers in (value for name, value in leaves(dataclasses.asdict(config.backbone)) if name in counts):
         if not isinstance(layers, int) or layers > len(weights):
             raise ValueError(
                 f"the checkpoint {where} is of another shape: {layers} layers are described, it has {len(weights)} tensors"
@@ -158,9 +168,9 @@ def _require_outline(config: EncoderConfig, weights: Mapping[str, Tensor], where
 
 def config_from_json(values: dict[str, Any]) -> EncoderConfig:
     """An `EncoderConfig` from what `dataclasses.asdict` and JSON made of it."""
-    backbone = dict(values["backbone"])
-    backbone["towers"] = {name: TowerConfig(**tower) for name, tower in backbone["towers"].items()}
-    return EncoderConfig(**{**values, "backbone": ComposedConfig(**backbone), "prefixes": tuple(values["prefixes"])})
+    fields = dict(values["backbone"])
+    fields["towers"] = {name: TowerConfig(**tower) for name, tower in fields["towers"].items()}
+    return EncoderConfig(**{**values, "backbone": ComposedConfig(**fields), "prefixes": tuple(values["prefixes"])})
 
 
 def _described(folder: Path) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """The composed backbone: a transformers text model over one interleaved sequence of text, picture and spectrogram tokens."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from datamodules.processors.composed import BEGIN, END, SOFT, Inputs, place_id
+from datamodules.processors.composed import BEGIN, END, SOFT, place_id
+from datamodules.processors.inputs import Inputs
 from datamodules.sample import MEDIA_KINDS
 from lightning_modules.encoder.packing import NAME, packed_arguments
 from lightning_modules.encoder.towers import Tower, TowerConfig
@@ -15,16 +16,17 @@ from lightning_modules.encoder.towers import Tower, TowerConfig
 
 @dataclass(frozen=True)
 class ComposedConfig:
-    """A text model and the towers beside it.
+    """A text model and the towers beside it, or a model that takes media itself and needs none.
 
     Args:
-        text: `model_type` and further fields of a transformers text configuration, for random weights.
-        pretrained: Folder or hub name of a pretrained text model (safetensors), instead of `text`.
+        text: `model_type` and further fields of a transformers configuration, for random weights.
+        pretrained: Folder or hub name of a pretrained model (safetensors), instead of `text`.
         revision: Of the hub repository.
         towers: Name to tower.
         routes: Kind of media (image, page, audio, video) to the name of its tower; kinds left out are refused at run time.
         tokens: Kind of media to the tokens of one of its views, a square number.
         attention: transformers' attention implementation; None leaves the choice to it.
+        dtype: Of the transformers model's weights.
     """
 
     text: dict[str, Any] | None = None
@@ -34,11 +36,12 @@ class ComposedConfig:
     routes: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MEDIA_KINDS, 16))
     attention: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.pretrained is None):
             raise ValueError(
-                "a composed backbone needs either `text` (a configuration) or `pretrained` (a model), not both and not none"
+                "a backbone needs either `text` (a configuration) or `pretrained` (a model), not both and not none"
             )
         for kind, tower in self.routes.items():
             if kind not in MEDIA_KINDS or tower not in self.towers:
@@ -62,7 +65,11 @@ class ComposedBackbone(nn.Module):
 
     def __init__(self, config: ComposedConfig, *, load_pretrained: bool = True) -> None:
         super().__init__()
-        self.text: Any = _text_model(config, load_pretrained)
+        settings = settings_of(config)
+        settings.is_causal = False
+        if hasattr(settings, "use_cache"):
+            settings.use_cache = False
+        self.text: Any = transformers_model(config, settings, load_pretrained)
         if self.text.config._attn_implementation == "sdpa" and config.attention is None:
             self.text.set_attn_implementation(NAME)
         if getattr(self.text, "pooler", None) is not None:  # BERT's own, of whose vector no use is made
@@ -83,6 +90,15 @@ class ComposedBackbone(nn.Module):
         self.boundaries = nn.ParameterDict({kind: nn.Parameter(torch.randn(2, self.width) * 0.02) for kind in config.routes})
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The text model's configuration."""
+        return self.text.config.to_dict()
+
+    @property
+    def attention(self) -> str:
+        return self.text.config._attn_implementation
+
+    @property
     def vocab_size(self) -> int:
         return self.text.get_input_embeddings().num_embeddings
 
@@ -97,6 +113,20 @@ class ComposedBackbone(nn.Module):
     def packs(self) -> bool:
         """Whether items can lie end to end; the probe proves it."""
         return self.text.config._attn_implementation == NAME
+
+    def checkpoint_layers(self) -> None:
+        """Keep only the inputs of the layers of text model and towers."""
+        enable = getattr(self.text, "activation_checkpointing_enable", self.text.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+        for tower in self.towers.children():
+            tower.model.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
+    def compile_text(self) -> None:
+        self.text.compile(dynamic=True)
+
+    def text_inputs(self, texts: list[Tensor]) -> Inputs:
+        """Inputs of items of token ids."""
+        return Inputs(torch.cat(texts), torch.tensor([len(text) for text in texts]))
 
     def forward(self, inputs: Inputs, *, packed: bool = False) -> Tensor:
         """Token states (T, H).
@@ -147,32 +177,38 @@ class ComposedBackbone(nn.Module):
         return states
 
 
-def _text_model(config: ComposedConfig, load_pretrained: bool) -> Any:
-    """A transformers text model without its causal mask, in fp32; `is_causal` off is the switch that works for every decoder.
+def transformers_model(config: ComposedConfig, settings: Any, load_pretrained: bool) -> Any:
+    """The transformers model of a configuration.
 
     Raises:
-        ValueError: transformers does not know the family, a field of it, or cannot build what the fields say.
+        ValueError: transformers cannot build it, or finds no safetensors with it.
     """
-    arguments: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
+    arguments: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": False}
     if config.attention is not None:
         arguments["attn_implementation"] = config.attention
-    text_config = _text_config(config)
-    text_config.is_causal = False
-    if hasattr(text_config, "use_cache"):
-        text_config.use_cache = False
-    if config.pretrained is not None and load_pretrained:
-        return AutoModel.from_pretrained(
-            config.pretrained, revision=config.revision, config=text_config, use_safetensors=True, **arguments
-        )
     try:
-        return AutoModel.from_config(text_config, **arguments)
+        if config.pretrained is None or not load_pretrained:
+            return AutoModel.from_config(settings, **arguments)
+        return AutoModel.from_pretrained(
+            config.pretrained, revision=config.revision, config=settings, use_safetensors=True, **arguments
+        )
     except Exception as error:  # whatever a family's constructor makes of sizes that do not fit
-        raise ValueError(f"transformers cannot build backbone.text {config.text}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"transformers cannot build backbone.text {config.pretrained or config.text}: {reason}") from error
 
 
-def _text_config(config: ComposedConfig) -> Any:
+def settings_of(config: ComposedConfig) -> Any:
+    """The transformers configuration of the model.
+
+    Raises:
+        ValueError: transformers does not know the family, a field of it, or finds no configuration.
+    """
     if config.pretrained is not None:
-        return AutoConfig.from_pretrained(config.pretrained, revision=config.revision, trust_remote_code=False)
+        try:
+            return AutoConfig.from_pretrained(config.pretrained, revision=config.revision, trust_remote_code=False)
+        except Exception as error:  # of the hub, of the file, of the family
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"backbone.pretrained is {config.pretrained}, which cannot be loaded: {reason}") from error
     fields = dict(config.text or {})
     family = fields.pop("model_type", None)
     if family is None:

@@ -1,8 +1,9 @@
 """The encoder: backbone, mean pooling, projection; a prefix of its vector is a vector itself (MRL)."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from datamodules.processors.composed import Inputs
+from datamodules.processors.inputs import Inputs
 from datamodules.processors.passes import PASS_COST, packs_of, passes_of, split_into
 from kernels.contrastive import check_prefixes
-from lightning_modules.encoder.composed import ComposedBackbone, ComposedConfig
+from lightning_modules.encoder.composed import ComposedConfig
+from lightning_modules.encoder.native import build_backbone
 from lightning_modules.encoder.packing import runs_of
 from lightning_modules.sharded import is_sharded, largest_of_ranks, whole
 
@@ -23,7 +25,7 @@ class EncoderConfig:
     """An encoder's shape.
 
     Args:
-        backbone: Text model and towers.
+        backbone: A text model with towers, or a model that takes media itself.
         embedding_dim: Width D of the vector.
         prefixes: Widths that are useful by themselves, increasing; the last is D.
         hidden_dim: None projects by one linear map (Gemini Embedding); a number goes up to it and down again, without a
@@ -96,7 +98,7 @@ class Embedder(nn.Module):
     def __init__(self, config: EncoderConfig, *, load_pretrained: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.backbone = ComposedBackbone(config.backbone, load_pretrained=load_pretrained)
+        self.backbone = build_backbone(config.backbone, load_pretrained=load_pretrained)
         self.padding = 0.0  # share of what went through last
         self.use(ComputeConfig())
         width, hidden = self.backbone.width, config.hidden_dim
@@ -110,8 +112,7 @@ class Embedder(nn.Module):
     @property
     def draws(self) -> bool:
         """Whether anything is drawn at random in training: dropout of units, of attention or of whole layers."""
-        text = self.backbone.text.config.to_dict()
-        chances = [value for name, value in text.items() if "drop" in name and isinstance(value, float)]
+        chances = [value for name, value in leaves(self.backbone.settings) if "drop" in str(name)]
         chances += [getattr(module, name, 0.0) for module in self.modules() for name in ("p", "drop_prob")]
         return any(isinstance(chance, float) and chance > 0 for chance in chances)
 
@@ -126,18 +127,15 @@ class Embedder(nn.Module):
             ValueError: They are to be packed, which the text model's attention cannot be.
         """
         if compute.layout == "packed" and not self.backbone.packs:
-            chosen = self.backbone.text.config._attn_implementation
-            raise ValueError(f"the text model attends by {chosen!r}, which cannot be packed; set compute.layout=auto")
+            raise ValueError(
+                f"the model attends by {self.backbone.attention!r}, which cannot be packed; set compute.layout=auto"
+            )
         self.compute = compute
         self.packed = compute.layout == "packed" or (compute.layout == "auto" and self.backbone.packs and not compute.compile)
         if compute.checkpoint_layers:
-            text = self.backbone.text
-            enable = getattr(text, "activation_checkpointing_enable", text.gradient_checkpointing_enable)  # its older name
-            enable({"use_reentrant": False})
-            for tower in self.backbone.towers.children():
-                tower.model.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            self.backbone.checkpoint_layers()
         if compute.compile:
-            self.backbone.text.compile(dynamic=True)
+            self.backbone.compile_text()
 
     def parts(self, lengths: np.ndarray) -> list[Part]:
         """How items of these lengths (N,) go through: the last parts stay in memory, as many as the limit allows."""
@@ -179,6 +177,15 @@ class Embedder(nn.Module):
         return self.projection(mean_pool(states_TH, inputs.lengths)).float()
 
 
+def leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values of a configuration and of those within it."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from leaves(value)
+        else:
+            yield name, value
+
+
 def mean_pool(states_TH: Tensor, lengths: Tensor) -> Tensor:
     """Mean over all tokens of each item (N, H), in fp32; items of equal length beside each other are one sum."""
     runs = runs_of(lengths)
@@ -215,7 +222,7 @@ def probe(encoder: Embedder) -> None:
     changed[-1] = (ids[-1] + 1) % size
 
     def inputs(*items: Tensor) -> Inputs:
-        return Inputs(torch.cat(items), torch.tensor([len(item) for item in items])).to(device)
+        return encoder.backbone.text_inputs(list(items)).to(device)
 
     one, other = (encoder.backbone(inputs(item), packed=encoder.packed)[0] for item in (ids, changed))
     moved = (one - other).abs().max().item()
@@ -225,8 +232,9 @@ def probe(encoder: Embedder) -> None:
             "choose a text model that `is_causal = False` makes bidirectional, or another attention implementation"
         )
     items = (ids[:7], changed, ids[:3])
-    alone = torch.cat([mean_pool(encoder.backbone(inputs(item)), torch.tensor([len(item)])) for item in items])
-    beside = mean_pool(encoder.backbone(inputs(*items), packed=encoder.packed), torch.tensor([len(item) for item in items]))
+    together = inputs(*items)
+    alone = torch.cat([mean_pool(encoder.backbone(part), part.lengths) for part in map(inputs, items)])
+    beside = mean_pool(encoder.backbone(together, packed=encoder.packed), together.lengths)
     leak = (F.normalize(alone, dim=-1) - F.normalize(beside, dim=-1)).abs().max().item()
     is_exact = one.dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
     if not leak < (1e-4 if is_exact else 2e-2):

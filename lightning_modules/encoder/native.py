@@ -1,0 +1,199 @@
+"""Native backbones: transformers' own multimodal models, their causal mask taken away."""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datamodules.processors.inputs import Inputs
+from datamodules.processors.native import PICTURE, TEXT
+from lightning_modules.encoder.composed import ComposedBackbone, ComposedConfig, settings_of, transformers_model
+
+PLACES = {"image": 1, "video": 2, "audio": 3}  # the types of places that Qwen's positions follow from
+
+
+class NativeBackbone(nn.Module):
+    """Inputs to token states (T, H), every token seeing every other of its item.
+
+    The causal mask is switched off in the configuration of the text model inside, where every family looks for it; what would
+    make the families' sliding windows lopsided then (`token_type_ids`) is left away. Vision towers see all of a picture
+    anyway; audio towers keep the windows they were made with.
+
+    Args:
+        config: What to build.
+        load_pretrained: False builds a pretrained model's shape with random weights, for weights that follow.
+    """
+
+    packs = False
+
+    def __init__(self, config: ComposedConfig, *, load_pretrained: bool = True) -> None:
+        super().__init__()
+        settings = without_talker(settings_of(config))
+        text = settings.get_text_config()
+        text.is_causal = False
+        if getattr(text, "use_bidirectional_attention", None) == "vision":
+            text.use_bidirectional_attention = None
+        self.model: Any = _model(config, settings, load_pretrained)
+        self.width: int = getattr(text, "embedding_dim", None) or text.hidden_size
+        self.places = {kind: _place_id(settings, kind) for kind in PLACES}
+        self.places = {kind: place for kind, place in self.places.items() if place is not None}
+        arguments = inspect.signature(self.model.forward).parameters
+        self.takes_types = "mm_token_type_ids" in arguments and settings.model_type.startswith("qwen")
+        if (unused := getattr(getattr(self.model, "audio_tower", None), "audio_bos_eos_token", None)) is not None:
+            unused.requires_grad_(False)  # Qwen2.5-Omni has it and never looks at it
+        self.fixed = {"use_cache": False} if settings.model_type != "embedding_gemma2" else {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The model's configuration."""
+        return self.model.config.to_dict()
+
+    @property
+    def attention(self) -> str:
+        return self.model.config.get_text_config()._attn_implementation
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_input_embeddings().num_embeddings
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The text model's layers, in order."""
+        return list(self.model.language_model.layers)
+
+    def checkpoint_layers(self) -> None:
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def compile_text(self) -> None:
+        self.model.language_model.compile(dynamic=True)
+
+    def text_inputs(self, texts: list[Tensor]) -> Inputs:
+        """Inputs of items of token ids; those that would stand for media become others."""
+        ids = torch.cat(texts)
+        for place in sorted(self.places.values(), reverse=True):
+            ids = torch.where(ids == place, (ids + 1) % self.vocab_size, ids)
+        return Inputs(ids, torch.tensor([len(text) for text in texts]))
+
+    def forward(self, inputs: Inputs, *, packed: bool = False) -> Tensor:
+        """Token states (T, H).
+
+        Raises:
+            ValueError: An item is longer than the model's positions, or the model refuses what the processor made.
+        """
+        assert not packed, "native models take padded items"
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and inputs.lengths.max() > longest:
+            raise ValueError(
+                f"an item comes to {int(inputs.lengths.max())} tokens, the model takes {longest}; "
+                "lower data.processor.max_text_tokens, or the frames or pages of data.processor.decode"
+            )
+        ids, attention_mask, places = inputs.padded()
+        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": attention_mask, **inputs.media, **self.fixed}
+        if self.takes_types and inputs.media:
+            batch["mm_token_type_ids"] = sum(PLACES[kind] * (ids == place) for kind, place in self.places.items())
+        try:
+            out = self.model(**batch)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"the model refuses what its processor made ({reason}); take both from the same checkpoint"
+            ) from error
+        return out.last_hidden_state.flatten(0, 1)[places]
+
+
+def _model(config: ComposedConfig, settings: Any, load_pretrained: bool) -> Any:
+    """The model; towers of the configuration would be beside its own.
+
+    Raises:
+        ValueError: There are some.
+    """
+    if config.towers or config.routes:
+        raise ValueError(f"{settings.model_type} takes media itself; leave out backbone.towers and backbone.routes")
+    return transformers_model(config, settings, load_pretrained)
+
+
+def _place_id(settings: Any, kind: str) -> int | None:
+    """The token id that stands for a piece of a medium; families spell its name in two ways."""
+    found = (getattr(settings, f"{kind}_token_{suffix}", None) for suffix in ("id", "index"))
+    return next((place for place in found if place is not None), None)
+
+
+class DualBackbone(nn.Module):
+    """One vector for each part of an item, by the text or the vision tower of a SigLIP (late fusion: a baseline).
+
+    Args:
+        config: What to build.
+        load_pretrained: As of `NativeBackbone`.
+    """
+
+    packs = False
+
+    def __init__(self, config: ComposedConfig, *, load_pretrained: bool = True) -> None:
+        super().__init__()
+        settings = without_talker(settings_of(config))
+        self.model: Any = _model(config, settings, load_pretrained)
+        self.width: int = settings.text_config.projection_size or settings.text_config.hidden_size
+        self.length: int = settings.text_config.max_position_embeddings
+        for unused in (self.model.logit_scale, self.model.logit_bias):
+            unused.requires_grad_(False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The model's configuration."""
+        return self.model.config.to_dict()
+
+    @property
+    def attention(self) -> str:
+        return self.model.config.get_text_config()._attn_implementation
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.text_model.get_input_embeddings().num_embeddings
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The text tower's layers, in order."""
+        return list(self.model.text_model.encoder.layers)
+
+    def checkpoint_layers(self) -> None:
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def compile_text(self) -> None:
+        self.model.text_model.compile(dynamic=True)
+
+    def text_inputs(self, texts: list[Tensor]) -> Inputs:
+        """Inputs of items of token ids, padded as the text tower is used to."""
+        rows = torch.ones(len(texts), self.length, dtype=torch.int64)
+        for row, ids in zip(rows, texts, strict=True):
+            row[: len(ids)] = ids
+        one = torch.ones(len(texts), dtype=torch.int64)
+        return Inputs(-one, one, {"input_ids": rows}, {"input_ids": one})
+
+    def forward(self, inputs: Inputs, *, packed: bool = False) -> Tensor:
+        """States (T, H) of the parts, of which `token_ids` says whether each is a text or a picture."""
+        assert not packed, "dual towers have nothing to pack"
+        pictures = {name: views for name, views in inputs.media.items() if name != "input_ids"}
+        states = torch.zeros(len(inputs.token_ids), self.width, device=inputs.token_ids.device)
+        if "input_ids" in inputs.media:
+            found = self.model.get_text_features(inputs.media["input_ids"]).pooler_output
+            states = states.index_put(((inputs.token_ids == TEXT).nonzero()[:, 0],), F.normalize(found.float(), dim=-1))
+        if pictures:
+            found = self.model.get_image_features(**pictures).pooler_output
+            states = states.index_put(((inputs.token_ids == PICTURE).nonzero()[:, 0],), F.normalize(found.float(), dim=-1))
+        return states
+
+
+def without_talker(settings: Any) -> Any:
+    """A configuration without the heads that generate sound, which Qwen's Omni models have around the model itself."""
+    return getattr(settings, "thinker_config", settings)
+
+
+def build_backbone(config: ComposedConfig, *, load_pretrained: bool = True) -> ComposedBackbone | NativeBackbone | DualBackbone:
+    """The backbone that a configuration asks for: composed around a text model, or a model that takes media itself."""
+    settings = without_talker(settings_of(config))
+    if settings.model_type.startswith("siglip"):
+        return DualBackbone(config, load_pretrained=load_pretrained)
+    takes_media = getattr(settings, "text_config", None) is not None
+    return (NativeBackbone if takes_media else ComposedBackbone)(config, load_pretrained=load_pretrained)
