@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from lightning_modules.encoder.checkpoint import not_finite
 from lightning_modules.sharded import put_together, share, what_is_wrong_with_shards
 
 BYTEARRAY = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")
@@ -84,7 +85,7 @@ class Checkpoints(Checkpoint):
             ValueError: A weight is not finite.
             OSError: The disk is full; the former checkpoints stay.
         """
-        lost = [name for name, value in pl_module.state_dict().items() if not torch.isfinite(share(value)).all()]
+        lost = not_finite(pl_module, {name: share(value) for name, value in pl_module.state_dict().items()})
         if trainer.strategy.reduce_boolean_decision(bool(lost), all=False) if trainer.world_size > 1 else lost:
             where = f"{lost[0] if lost else 'a weight of another rank'} holds values that are not finite"
             raise ValueError(

@@ -118,11 +118,16 @@ class Processor(ABC):
 
     def _tokens(self, texts: list[str]) -> Iterator[list[int]]:
         """Token ids of each text, without begin and end, all encoded in one call."""
-        backend: Any = self.tokenizer.backend_tokenizer  # asked directly: transformers' layer above it takes a while of its own
-        backend.no_padding()
-        backend.no_truncation()
+        backend = self._backend()
         backend.encode_special_tokens = True  # a text that spells one is text
         return iter([encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)])
+
+    def _backend(self) -> Any:
+        """The tokenizer itself, which pads and cuts nothing: transformers' layer above it takes a while of its own."""
+        backend: Any = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        return backend
 
     def _sequence(
         self, item: Item, tokens: Iterator[list[int]], media: dict[str, list[Tensor]]
@@ -164,4 +169,5 @@ class Processor(ABC):
     def save(self, folder: Path) -> None:
         """Write `processor.json` and the tokenizer's files."""
         (folder / "processor.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
+        self._backend()  # a padding that a call has left in it would become every modality's default when it is read again
         self.tokenizer.save_pretrained(folder)

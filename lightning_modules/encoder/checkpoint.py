@@ -48,9 +48,8 @@ def save_encoder(
     """
     folder = Path(folder)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or encoder.state_dict()).items()}
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds values that are not finite; nothing was written to {folder}")
+    if lost := not_finite(encoder, weights):
+        raise ValueError(f"{lost[0]} holds values that are not finite; nothing was written to {folder}")
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -78,6 +77,12 @@ def _standing_alone(encoder: Embedder) -> EncoderConfig:
         return config
     text = encoder.backbone.settings
     return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, pretrained=None, revision=None, text=text))
+
+
+def not_finite(module: torch.nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Names of what in a module's state is NaN, or infinite where it is no buffer: a layer that clips may have no limits."""
+    limits = {name for name, _ in module.named_buffers()}
+    return [name for name, x in state.items() if (x.isnan() if name in limits else ~x.isfinite()).any()]
 
 
 def load_encoder(folder: str | Path) -> tuple[Embedder, Processor]:

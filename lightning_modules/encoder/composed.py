@@ -116,8 +116,7 @@ class ComposedBackbone(nn.Module):
 
     def checkpoint_layers(self) -> None:
         """Keep only the inputs of the layers of text model and towers."""
-        enable = getattr(self.text, "activation_checkpointing_enable", self.text.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        checkpoint_transformers(self.text)
         for tower in self.towers.children():
             tower.model.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
@@ -197,6 +196,12 @@ def transformers_model(config: ComposedConfig, settings: Any, load_pretrained: b
         raise ValueError(f"transformers cannot build backbone.text {config.pretrained or config.text}: {reason}") from error
 
 
+def checkpoint_transformers(model: Any) -> None:
+    """Have a transformers model keep only the inputs of its layers, and run them again in the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its older name
+    enable({"use_reentrant": False})
+
+
 def settings_of(config: ComposedConfig) -> Any:
     """The transformers configuration of the model.
 
@@ -215,7 +220,8 @@ def settings_of(config: ComposedConfig) -> Any:
         raise ValueError("backbone.text needs `model_type`, the transformers name of the family (qwen3, gemma3_text, bert, ..)")
     try:
         known = AutoConfig.for_model(family)
-        unknown = sorted(fields.keys() - known.to_dict().keys() - known.attribute_map.keys())
+        typed = set() if "transformers_version" in fields else fields.keys()  # transformers writes more than it knows
+        unknown = sorted(typed - known.to_dict().keys() - known.attribute_map.keys())
         if not unknown:
             return AutoConfig.for_model(family, **fields)
     except Exception as error:  # an unknown family, or a value of the wrong type

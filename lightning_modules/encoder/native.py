@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from datamodules.processors.inputs import Inputs
 from datamodules.processors.native import PICTURE, TEXT
-from lightning_modules.encoder.composed import ComposedBackbone, ComposedConfig, settings_of, transformers_model
+from lightning_modules.encoder.composed import (
+    ComposedBackbone,
+    ComposedConfig,
+    checkpoint_transformers,
+    settings_of,
+    transformers_model,
+)
 
 PLACES = {"image": 1, "video": 2, "audio": 3}  # the types of places that Qwen's positions follow from
 
@@ -64,7 +70,7 @@ class NativeBackbone(nn.Module):
         return list(self.model.language_model.layers)
 
     def checkpoint_layers(self) -> None:
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_transformers(self.model)
 
     def compile_text(self) -> None:
         self.model.language_model.compile(dynamic=True)
@@ -98,7 +104,7 @@ class NativeBackbone(nn.Module):
         except ValueError as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"the model refuses what its processor made ({reason}); take both from the same checkpoint"
+                f"the model refuses what its processor made: {reason}; take both from the same checkpoint"
             ) from error
         return out.last_hidden_state.flatten(0, 1)[places]
 
@@ -158,7 +164,7 @@ class DualBackbone(nn.Module):
         return list(self.model.text_model.encoder.layers)
 
     def checkpoint_layers(self) -> None:
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_transformers(self.model)
 
     def compile_text(self) -> None:
         self.model.text_model.compile(dynamic=True)
