@@ -341,3 +341,12 @@ def test_a_stage_trains_a_pretrained_model_with_its_own_processor(folder, world,
     moved = [name for name, weight in encoder.state_dict().items() if not torch.equal(weight, before[name])]
     assert any("vision_tower" in name for name in moved)
     assert any("language_model" in name for name in moved)
+
+
+@pytest.mark.parametrize("family", ["gemma4", "qwen3_vl", "siglip2"])
+def test_weights_in_half_precision_give_nearly_the_same_vectors(folder, family):
+    inputs = processor_of(folder(family))(items_of(family))
+    half = encoder_of(folder(family), dtype="bfloat16")
+    probe(half)
+    near = torch.nn.functional.cosine_similarity(encoder_of(folder(family))(inputs), half(inputs))
+    assert near.min() > 0.995
