@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers as T
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+T: Any = transformers  # whose constructors' types are not to the point here
 SIZES = {
     "vocab_size": 340,
     "hidden_size": 32,
@@ -129,7 +130,7 @@ def qwen_parts(third: bool) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
         text = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"rope_parameters": rope}
         vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
     films = T.Qwen3VLVideoProcessor if third else T.Qwen2VLVideoProcessor
-    processors_ = {"image_processor": T.Qwen2VLImageProcessor(**PATCHES)}
+    processors_: dict[str, Any] = {"image_processor": T.Qwen2VLImageProcessor(**PATCHES)}
     processors_["video_processor"] = films(**PATCHES, min_frames=2, max_frames=4, cap_pixels_per_frame=False)
     return text, vision, processors_
 

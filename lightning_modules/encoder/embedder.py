@@ -98,7 +98,7 @@ class Embedder(nn.Module):
     def __init__(self, config: EncoderConfig, *, load_pretrained: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config.backbone, load_pretrained=load_pretrained)
+        self.backbone: Any = build_backbone(config.backbone, load_pretrained=load_pretrained)
         self.padding = 0.0  # share of what went through last
         self.use(ComputeConfig())
         width, hidden = self.backbone.width, config.hidden_dim

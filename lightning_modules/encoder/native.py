@@ -43,8 +43,8 @@ class NativeBackbone(nn.Module):
             text.use_bidirectional_attention = None
         self.model: Any = _model(config, settings, load_pretrained)
         self.width: int = getattr(text, "embedding_dim", None) or text.hidden_size
-        self.places = {kind: _place_id(settings, kind) for kind in PLACES}
-        self.places = {kind: place for kind, place in self.places.items() if place is not None}
+        found = {kind: _place_id(settings, kind) for kind in PLACES}
+        self.places = {kind: place for kind, place in found.items() if place is not None}
         arguments = inspect.signature(self.model.forward).parameters
         self.takes_types = "mm_token_type_ids" in arguments and settings.model_type.startswith("qwen")
         if (unused := getattr(getattr(self.model, "audio_tower", None), "audio_bos_eos_token", None)) is not None:
