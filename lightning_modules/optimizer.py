@@ -20,7 +20,7 @@ PREFIXES = {  # the first that fits
     "text": TEXTS,
     "towers": ("encoder.backbone.towers.", "encoder.backbone.model."),
     "boundaries": ("encoder.backbone.boundaries.",),
-    "projection": ("encoder.projection.",),
+    "projection": ("encoder.pooling.", "encoder.projection."),
 }
 PARTS = (*PREFIXES, "objective")
 
@@ -39,8 +39,9 @@ class OptimizerConfig:
         momentum: Of Muon.
         warmup: Share of the run's steps that the rate rises over.
         rates: Part of the stage to what its rate is multiplied by, 1 for those left out. The parts are `text`, `towers`,
-            `boundaries` and `projection` of the encoder, and `objective`, which is whatever lies outside it (a learnt
-            temperature). 0 freezes a part: it has no gradient and no optimiser state, its dropout stays on.
+            `boundaries` and `projection` of the encoder (the last with a learnt pooling), and `objective`, which is whatever
+            lies outside it (a learnt temperature). 0 freezes a part: it has no gradient and no optimiser state, its dropout
+            stays on.
         layer_decay: The rate of the text model's layer l of L is multiplied by layer_decay ** (L - l), that of what comes
             before its layers (embeddings) by layer_decay ** L; what comes after them has the last one's. 1 switches it off.
     """

@@ -1,4 +1,4 @@
-"""The encoder: backbone, mean pooling, projection; a prefix of its vector is a vector itself (MRL)."""
+"""The encoder: backbone, pooling, projection; a prefix of its vector is a vector itself (MRL)."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from datamodules.processors.passes import PASS_COST, packs_of, passes_of, split_
 from kernels.contrastive import check_prefixes
 from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.native import build_backbone
-from lightning_modules.encoder.packing import runs_of
+from lightning_modules.encoder.pooling import PoolingName, pool, pooling_of
 from lightning_modules.sharded import is_sharded, largest_of_ranks, whole
 
 
@@ -30,15 +30,22 @@ class EncoderConfig:
         prefixes: Widths that are useful by themselves, increasing; the last is D.
         hidden_dim: None projects by one linear map (Gemini Embedding); a number goes up to it and down again, without a
             nonlinearity (EmbeddingGemma: 768 → 3072 → 768).
+        pooling: What an item's vector is of its token states: their `mean` (both papers), the `last` or the `first` of them,
+            their mean weighted by position (`weighted_mean`), or learnt `attention` over them.
+        projection: False leaves the projection out: the vector is what pooling gives, of the backbone's width.
     """
 
     backbone: ComposedConfig
     embedding_dim: int
     prefixes: tuple[int, ...]
     hidden_dim: int | None = None
+    pooling: PoolingName = "mean"
+    projection: bool = True
 
     def __post_init__(self) -> None:
         check_prefixes(self.prefixes, self.embedding_dim)
+        if self.hidden_dim is not None and not self.projection:
+            raise ValueError(f"hidden_dim is {self.hidden_dim} without a projection; make it null, or projection true")
         if self.prefixes[-1] != self.embedding_dim:
             raise ValueError(f"the last prefix is {self.prefixes[-1]}; it must be the embedding's width {self.embedding_dim}")
 
@@ -102,7 +109,15 @@ class Embedder(nn.Module):
         self.padding = 0.0  # share of what went through last
         self.use(ComputeConfig())
         width, hidden = self.backbone.width, config.hidden_dim
-        if hidden is None:
+        self.pooling = pooling_of(config.pooling, width)
+        if not config.projection:
+            if config.embedding_dim != width:
+                raise ValueError(
+                    f"embedding_dim is {config.embedding_dim}, the backbone's width {width}; "
+                    "without a projection they must be equal"
+                )
+            self.projection = nn.Identity()
+        elif hidden is None:
             self.projection = nn.Sequential(nn.Linear(width, config.embedding_dim, bias=False))
         else:
             self.projection = nn.Sequential(
@@ -174,7 +189,7 @@ class Embedder(nn.Module):
         """Embeddings of items that go through together."""
         del token_ids
         states_TH = self.backbone(inputs, packed=self.packed)
-        return self.projection(mean_pool(states_TH, inputs.lengths)).float()
+        return self.projection(pool(states_TH, inputs.lengths, self.pooling)).float()
 
 
 def leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -184,13 +199,6 @@ def leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from leaves(value)
         else:
             yield name, value
-
-
-def mean_pool(states_TH: Tensor, lengths: Tensor) -> Tensor:
-    """Mean over all tokens of each item (N, H), in fp32; items of equal length beside each other are one sum."""
-    runs = runs_of(lengths)
-    parts = states_TH.split([number * length for number, length in runs])
-    return torch.cat([part.unflatten(0, run).mean(1, dtype=torch.float32) for part, run in zip(parts, runs, strict=True)])
 
 
 def cut(embedding_ND: Tensor, prefix: int) -> Tensor:
@@ -231,10 +239,15 @@ def probe(encoder: Embedder) -> None:
             f"the backbone is still causal: changing the last token moved the first token's state by {moved:.1e}; "
             "choose a text model that `is_causal = False` makes bidirectional, or another attention implementation"
         )
+
+
+    def pooled(*items: Tensor, packed: bool) -> Tensor:
+        given = inputs(*items)
+        return pool(encoder.backbone(given, packed=packed), given.lengths, encoder.pooling)
+
     items = (ids[:7], changed, ids[:3])
-    together = inputs(*items)
-    alone = torch.cat([mean_pool(encoder.backbone(part), part.lengths) for part in map(inputs, items)])
-    beside = mean_pool(encoder.backbone(together, packed=encoder.packed), together.lengths)
+    alone = torch.cat([pooled(item, packed=False) for item in items])
+    beside = pooled(*items, packed=encoder.packed)
     leak = (F.normalize(alone, dim=-1) - F.normalize(beside, dim=-1)).abs().max().item()
     is_exact = one.dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
     if not leak < (1e-4 if is_exact else 2e-2):
