@@ -81,9 +81,9 @@ def sentence_transformers_loss(inputs: Inputs, prefixes: tuple[int, ...], mini_b
         def get_embedding_dimension(self) -> int:
             return prefixes[-1]
 
-    model = Model(torch.nn.Identity())
+    model: Any = Model(torch.nn.Identity())
     cached = losses.CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, mini_batch_size=mini_batch)
-    loss = losses.MatryoshkaLoss(model, cached, matryoshka_dims=list(prefixes))
+    loss: Any = losses.MatryoshkaLoss(model, cached, matryoshka_dims=list(prefixes))
     parts = [list(x.detach().split(mini_batch)) for x in inputs[:2]]
     parts = [[x.requires_grad_() for x in side] for side in parts]
     return loss.loss.calculate_loss(parts, with_backward=True)
