@@ -2,16 +2,26 @@
 
 import dataclasses
 import errno
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel
 
 from datamodules.sample import Item, Part
 from lightning_modules.encoder import checkpoint
-from lightning_modules.encoder.checkpoint import load_encoder, load_weights, read_provenance, read_weights, save_encoder
-from lightning_modules.encoder.embedder import Embedder
+from lightning_modules.encoder.checkpoint import (
+    load_encoder,
+    load_weights,
+    read_config,
+    read_provenance,
+    read_weights,
+    save_encoder,
+)
+from lightning_modules.encoder.composed import ComposedConfig
+from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig
 
 ITEM = Item((Part("text", "cat", content="cat"), Part("image", b"x", "png", content=np.zeros((64, 64, 3), np.uint8))))
 
@@ -84,3 +94,28 @@ def test_a_damaged_description_is_named(tiny_encoder, processor, tmp_path):
     (tmp_path / "encoder" / "encoder.json").write_text('{"format"')
     with pytest.raises(ValueError, match=r"encoder\.json is damaged"):
         load_encoder(tmp_path / "encoder")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "gemma3_text", "modernbert"])
+def test_an_encoder_from_a_pretrained_text_model_stands_alone(family, processor, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 320}
+    own = {
+        "bert": {"layer_norm_eps": 1e-3},
+        "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5, "use_bidirectional_attention": True},
+        "modernbert": {"local_attention": 8},
+    }
+    source = AutoConfig.for_model(family, **sizes, **own[family], pad_token_id=0)
+    AutoModel.from_config(source).save_pretrained(tmp_path / "hub")
+    made = Embedder(EncoderConfig(ComposedConfig(pretrained=str(tmp_path / "hub")), embedding_dim=8, prefixes=(8,))).eval()
+    save_encoder(tmp_path / "encoder", made, processor, provenance={})
+    shutil.rmtree(tmp_path / "hub")
+    again, own_processor = load_encoder(tmp_path / "encoder")
+    texts = [Item((Part("text", text, content=text),)) for text in ("cat", "the cat sat on the mat " * 5)]
+    for layout in ("packed", "padded"):
+        made.use(ComputeConfig(layout))
+        again.use(ComputeConfig(layout))
+        assert torch.equal(again.eval()(own_processor(texts)), made(processor(texts)))
+    assert again.config.backbone.pretrained is None
+    save_encoder(tmp_path / "again", again, own_processor, provenance={})
+    assert read_config(tmp_path / "again") == read_config(tmp_path / "encoder")

@@ -56,9 +56,10 @@ def save_encoder(
     try:
         save_file(weights, beside / WEIGHTS)
         processor.save(beside)
+        config = dataclasses.replace(encoder.config, backbone=encoder.backbone.standalone)
         described = {
             "format": FORMAT,
-            "config": dataclasses.asdict(_standing_alone(encoder)),
+            "config": dataclasses.asdict(config),
             "provenance": dict(provenance),
             "sha256": sha256_of(beside / WEIGHTS),
         }
@@ -68,15 +69,6 @@ def save_encoder(
         raise OSError(f"could not write {folder}: {error}; is the disk full? A former checkpoint there is kept") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def _standing_alone(encoder: Embedder) -> EncoderConfig:
-    """The encoder's shape with the configuration of a pretrained model in it, so that its folder needs no other."""
-    config = encoder.config
-    if config.backbone.pretrained is None:
-        return config
-    text = encoder.backbone.settings
-    return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, pretrained=None, revision=None, text=text))
 
 
 def not_finite(module: torch.nn.Module, state: Mapping[str, Tensor]) -> list[str]:

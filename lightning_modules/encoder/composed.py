@@ -1,11 +1,13 @@
 """The composed backbone: a transformers text model over one interleaved sequence of text, picture and spectrogram tokens."""
 
+import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from datamodules.processors.composed import BEGIN, END, SOFT, place_id
 from datamodules.processors.inputs import Inputs
@@ -65,8 +67,14 @@ class ComposedBackbone(nn.Module):
 
     def __init__(self, config: ComposedConfig, *, load_pretrained: bool = True) -> None:
         super().__init__()
+        self.config = config
         settings = settings_of(config)
         settings.is_causal = False
+        if (
+            getattr(settings, "use_bidirectional_attention", None) is True
+        ):  # Gemma 3's own switch, whose window counts the token
+            settings.use_bidirectional_attention = False
+            settings.sliding_window -= 1
         if hasattr(settings, "use_cache"):
             settings.use_cache = False
         self.text: Any = transformers_model(config, settings, load_pretrained)
@@ -97,6 +105,13 @@ class ComposedBackbone(nn.Module):
     @property
     def attention(self) -> str:
         return self.text.config._attn_implementation
+
+    @property
+    def standalone(self) -> ComposedConfig:
+        """The configuration with the fields of a pretrained text model instead of the place that it came from."""
+        if self.config.pretrained is None:
+            return self.config
+        return dataclasses.replace(self.config, text=text_fields(self.text.config), pretrained=None, revision=None)
 
     @property
     def vocab_size(self) -> int:
@@ -200,6 +215,16 @@ def checkpoint_transformers(model: Any) -> None:
     """Have a transformers model keep only the inputs of its layers, and run them again in the backward pass."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its older name
     enable({"use_reentrant": False})
+
+
+def text_fields(config: Any) -> dict[str, Any]:
+    """What `ComposedConfig.text` holds of a transformers configuration: all fields of its family, in JSON values.
+
+    Fields that every family has (labels, outputs, dtype) and those that the family does not know are left out.
+    """
+    own = AutoConfig.for_model(config.model_type).to_dict().keys() - PreTrainedConfig().to_dict().keys()
+    fields = {name: value for name, value in config.to_dict().items() if name in own}
+    return json.loads(json.dumps({"model_type": config.model_type, **fields}))
 
 
 def settings_of(config: ComposedConfig) -> Any:

@@ -240,7 +240,6 @@ def probe(encoder: Embedder) -> None:
             "choose a text model that `is_causal = False` makes bidirectional, or another attention implementation"
         )
 
-
     def pooled(*items: Tensor, packed: bool) -> Tensor:
         given = inputs(*items)
         return pool(encoder.backbone(given, packed=packed), given.lengths, encoder.pooling)

@@ -1,5 +1,6 @@
 """Native backbones: transformers' own multimodal models, their causal mask taken away."""
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -36,6 +37,7 @@ class NativeBackbone(nn.Module):
 
     def __init__(self, config: ComposedConfig, *, load_pretrained: bool = True) -> None:
         super().__init__()
+        self.config = config
         settings = without_talker(settings_of(config))
         text = settings.get_text_config()
         text.is_causal = False
@@ -55,6 +57,11 @@ class NativeBackbone(nn.Module):
     def settings(self) -> dict[str, Any]:
         """The model's configuration."""
         return self.model.config.to_dict()
+
+    @property
+    def standalone(self) -> ComposedConfig:
+        """The configuration with all of the model's own in it."""
+        return dataclasses.replace(self.config, text=self.settings, pretrained=None, revision=None)
 
     @property
     def attention(self) -> str:
@@ -138,6 +145,7 @@ class DualBackbone(nn.Module):
 
     def __init__(self, config: ComposedConfig, *, load_pretrained: bool = True) -> None:
         super().__init__()
+        self.config = config
         settings = without_talker(settings_of(config))
         self.model: Any = _model(config, settings, load_pretrained)
         self.width: int = settings.text_config.projection_size or settings.text_config.hidden_size
@@ -149,6 +157,11 @@ class DualBackbone(nn.Module):
     def settings(self) -> dict[str, Any]:
         """The model's configuration."""
         return self.model.config.to_dict()
+
+    @property
+    def standalone(self) -> ComposedConfig:
+        """The configuration with all of the model's own in it."""
+        return dataclasses.replace(self.config, text=self.settings, pretrained=None, revision=None)
 
     @property
     def attention(self) -> str:
