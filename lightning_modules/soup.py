@@ -5,11 +5,13 @@ one run and across runs, EmbeddingGemma with equal weights.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from datamodules.processors.composed import ComposedProcessor
+from datamodules.processors.sentence_transformers import load_processor
 from datamodules.tasks import BenchmarkSpec
 from lightning_modules.encoder.checkpoint import (
     load_encoder,
@@ -125,12 +127,19 @@ def _greedy(
 
 
 def _check_same_inputs(first: str, other: str) -> None:
-    for name in ("tokenizer.json", "processor.json"):
-        if (Path(first) / name).read_bytes() != (Path(other) / name).read_bytes():
+    one, two = load_processor(first), load_processor(other)
+    for name, differ in (("tokenizer", _rules(one) != _rules(two)), ("processor's settings", one.config != two.config)):
+        if differ:
             raise ValueError(
-                f"{first} and {other} differ in {name}; only runs that began from the same encoder can be averaged"
+                f"{first} and {other} differ in the {name}; only runs that began from the same encoder can be averaged"
             )
     if read_config(first) != read_config(other):
         raise ValueError(
             f"{first} and {other} differ in the encoder's configuration; only encoders of one kind can be averaged"
         )
+
+
+def _rules(processor: ComposedProcessor) -> str:
+    """All of a tokenizer."""
+    backend: Any = processor.tokenizer.backend_tokenizer
+    return backend.to_str()

@@ -65,7 +65,9 @@ def test_attention_pooling_is_torchs_attention_of_one_query():
     with torch.no_grad():
         theirs.in_proj_weight.copy_(torch.cat([torch.eye(8), ours.key.weight, ours.value.weight]))
         theirs.out_proj.weight.copy_(torch.eye(8))
-        expected = [theirs(ours.query[None, None], rows[None], rows[None])[0][0, 0] for rows in states().split(LENGTHS.tolist())]
+        expected = [
+            theirs(ours.query[None, None], rows[None], rows[None])[0][0, 0] for rows in states().split(LENGTHS.tolist())
+        ]
         torch.testing.assert_close(pool(states(), LENGTHS, ours), torch.stack(expected))
 
 

@@ -9,6 +9,7 @@ from datamodules.media.limits import DecodeLimits
 from datamodules.processors.composed import ComposedProcessor
 from datamodules.processors.native import DualProcessor, NativeProcessor
 from datamodules.processors.processor import Processor, ProcessorConfig
+from datamodules.processors.sentence_transformers import is_sentence_transformers, processor_of
 from datamodules.record import read_json
 
 
@@ -28,11 +29,13 @@ def new_processor(config: ProcessorConfig, tokenizer: str | Path | None) -> Proc
 
 
 def load_processor(folder: Path) -> Processor:
-    """The processor that `save` wrote.
+    """The processor of an encoder's folder, ours or sentence-transformers'.
 
     Raises:
-        ValueError: None lies there, or it is damaged.
+        ValueError: There is none, it is damaged, or it cannot be represented.
     """
+    if is_sentence_transformers(folder):
+        return processor_of(folder)
     try:
         values = read_json(folder / "processor.json")
         values["decode"] = DecodeLimits(**values["decode"])

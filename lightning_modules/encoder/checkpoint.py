@@ -16,9 +16,11 @@ from torch import Tensor
 from datamodules.files import replace_folder, sha256_of
 from datamodules.processors.loading import load_processor
 from datamodules.processors.processor import Processor
+from datamodules.processors.sentence_transformers import is_sentence_transformers
 from datamodules.record import read_json
 from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig, leaves
+from lightning_modules.encoder.sentence_transformers import load_sentence_transformers, provenance_of
 from lightning_modules.encoder.towers import TowerConfig
 
 FORMAT = "polyphony-encoder/1"
@@ -78,12 +80,14 @@ def not_finite(module: torch.nn.Module, state: Mapping[str, Tensor]) -> list[str
 
 
 def load_encoder(folder: str | Path) -> tuple[Embedder, Processor]:
-    """The encoder and its processor.
+    """The encoder and its processor, from a folder of ours or of sentence-transformers, as all that follow.
 
     Raises:
         ValueError: No encoder lies there, or its weights were changed.
     """
     folder = Path(folder)
+    if is_sentence_transformers(folder):
+        return load_sentence_transformers(folder)
     config, weights = read_config(folder), read_weights(folder)
     _require_outline(config, weights, str(folder))
     encoder = Embedder(config, load_pretrained=False)
@@ -93,6 +97,8 @@ def load_encoder(folder: str | Path) -> tuple[Embedder, Processor]:
 
 def read_config(folder: str | Path) -> EncoderConfig:
     """The shape of the encoder in a folder."""
+    if is_sentence_transformers(Path(folder)):
+        return load_sentence_transformers(folder)[0].config
     values = _described(Path(folder))["config"]
     try:
         return config_from_json(values)
@@ -102,6 +108,8 @@ def read_config(folder: str | Path) -> EncoderConfig:
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:
     """What made the encoder in a folder, and its weights' SHA-256."""
+    if is_sentence_transformers(Path(folder)):
+        return provenance_of(folder)
     described = _described(Path(folder))
     return {**described["provenance"], "sha256": described["sha256"]}
 
@@ -109,6 +117,8 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """The weights in a folder, checked against their SHA-256."""
     folder = Path(folder)
+    if is_sentence_transformers(folder):
+        return load_sentence_transformers(folder)[0].state_dict()
     described = _described(folder)
     if not (folder / WEIGHTS).is_file() or sha256_of(folder / WEIGHTS) != described["sha256"]:
         raise ValueError(
@@ -174,7 +184,8 @@ def _described(folder: Path) -> dict[str, Any]:
     file = folder / "encoder.json"
     if not file.is_file():
         raise ValueError(
-            f"no encoder in {folder}: {file.name} is missing; name the folder that a run wrote, as runs/finetune/encoder"
+            f"no encoder in {folder}: {file.name} is missing; name the folder that a run wrote, as runs/finetune/encoder, "
+            "or one of sentence-transformers"
         )
     try:
         described = read_json(file)
