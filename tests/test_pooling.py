@@ -29,7 +29,7 @@ def encoder_of(pooling="mean", **more) -> Embedder:
     return encoder
 
 
-def items() -> list[torch.Tensor]:
+def ids_of_items() -> list[torch.Tensor]:
     ids = torch.randint(2, 300, (int(LENGTHS.sum()),), generator=torch.Generator().manual_seed(1))
     return list(ids.split(LENGTHS.tolist()))
 
@@ -98,8 +98,8 @@ def test_half_precision_states_are_pooled_in_fp32(name):
 def test_padding_and_neighbours_do_not_change_a_vector_whatever_the_pooling(name, layout):
     encoder = encoder_of(name)
     encoder.use(ComputeConfig(layout))
-    together = encoder(inputs_of(*items()))
-    alone = torch.cat([encoder(inputs_of(one)) for one in items()])
+    together = encoder(inputs_of(*ids_of_items()))
+    alone = torch.cat([encoder(inputs_of(one)) for one in ids_of_items()])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     assert together.norm(dim=1).min() > 0.1
 
@@ -109,9 +109,9 @@ def test_every_pooling_is_proven_and_trained_in_parts(name, capsys):
     encoder = encoder_of(name)
     probe(encoder)
     encoder.use(ComputeConfig(max_tokens=5))
-    require_cached_is_plain(encoder, inputs_of(*items()))
+    require_cached_is_plain(encoder, inputs_of(*ids_of_items()))
     assert "gradients in parts are those of a whole batch" in capsys.readouterr().out
-    encoder(inputs_of(*items())).square().sum().backward()
+    encoder(inputs_of(*ids_of_items())).square().sum().backward()
     assert [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -131,8 +131,8 @@ def test_the_probe_refuses_a_leak_that_the_pooling_meets(name, monkeypatch):
 @torch.no_grad()
 def test_without_a_projection_the_vector_is_what_pooling_gives():
     encoder = encoder_of("first", projection=False, embedding_dim=32, prefixes=(8, 32))
-    given = inputs_of(*items())
-    firsts = [encoder.backbone(inputs_of(one))[0] for one in items()]
+    given = inputs_of(*ids_of_items())
+    firsts = [encoder.backbone(inputs_of(one))[0] for one in ids_of_items()]
     torch.testing.assert_close(encoder(given), torch.stack(firsts), rtol=1e-4, atol=1e-5)
     assert [name for name, _ in encoder.named_parameters() if not name.startswith("backbone.")] == []
 
@@ -145,7 +145,7 @@ def test_poolings_and_projections_come_back_from_a_folder(pooling, processor, tm
         save_encoder(tmp_path / "encoder", encoder, processor, provenance={})
         again, _ = load_encoder(tmp_path / "encoder")
         assert again.config == encoder.config
-        assert torch.equal(again.eval()(inputs_of(*items())), encoder(inputs_of(*items())))
+        assert torch.equal(again.eval()(inputs_of(*ids_of_items())), encoder(inputs_of(*ids_of_items())))
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def test_a_folder_from_before_there_was_a_choice_is_pooled_by_the_mean(processor
     lines = [line for line in described.read_text().splitlines() if '"pooling"' not in line and '"projection"' not in line]
     described.write_text("\n".join(lines).replace('"hidden_dim": null,', '"hidden_dim": null'))
     again, _ = load_encoder(tmp_path / "encoder")
-    assert torch.equal(again.eval()(inputs_of(*items())), encoder(inputs_of(*items())))
+    assert torch.equal(again.eval()(inputs_of(*ids_of_items())), encoder(inputs_of(*ids_of_items())))
 
 
 def test_a_learnt_pooling_has_the_rate_of_the_projection():
