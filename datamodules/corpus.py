@@ -1,5 +1,6 @@
-"""A finite ordered pass over one column of a split: for evaluation, mining and embedding."""
+"""A finite ordered pass over columns of a split: for evaluation, mining and embedding."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,22 +24,21 @@ class CorpusBatch:
 
 
 class Corpus(Dataset[CorpusBatch]):
-    """All queries, or all targets, of a split in its order, `batch_size` at a time.
+    """All items of some columns of a split, example by example in its order, those of `batch_size` examples at a time.
 
     Args:
         split: Where they lie.
-        column: `query` or `target`.
-        prompt: Template around text, None for none.
+        prompts: Column (`query`, `target` or `negatives`) to the template around its text, None for none.
         processor: Items to inputs.
-        batch_size: Items in a batch.
+        batch_size: Examples in a batch.
 
     Raises:
         ValueError: (on reading) an example has no such column, or cannot be decoded.
     """
 
-    def __init__(self, split: Split, column: str, prompt: str | None, processor: Processor, batch_size: int) -> None:
+    def __init__(self, split: Split, prompts: Mapping[str, str | None], processor: Processor, batch_size: int) -> None:
         self.source = Source(split, processor.config.decode)
-        self.column, self.prompt, self.processor, self.batch_size = column, prompt, processor, batch_size
+        self.prompts, self.processor, self.batch_size = prompts, processor, batch_size
 
     def __len__(self) -> int:
         return -(-len(self.source.split) // self.batch_size)
@@ -47,9 +47,14 @@ class Corpus(Dataset[CorpusBatch]):
         if batch >= len(self):
             raise IndexError(batch)
         last = min(len(self.source.split), (batch + 1) * self.batch_size)
-        items = [self.source.item(position, self.column) for position in range(batch * self.batch_size, last)]
-        inputs = self.processor([with_prompt(item, self.prompt) for item in items])
-        return CorpusBatch(inputs, torch.tensor([item.content_id for item in items]))
+        found = [
+            (item, prompt)
+            for position in range(batch * self.batch_size, last)
+            for column, prompt in self.prompts.items()
+            for item in self.source.items(position, column)
+        ]
+        inputs = self.processor([with_prompt(item, prompt) for item, prompt in found])
+        return CorpusBatch(inputs, torch.tensor([item.content_id for item, _ in found]))
 
     def loader(self, num_workers: int) -> DataLoader[CorpusBatch]:
         """Batches in order, read by `num_workers` processes."""

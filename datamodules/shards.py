@@ -69,6 +69,14 @@ def write_split(
     return num_examples
 
 
+def is_written(folder: str | Path, about: Mapping[str, Any]) -> bool:
+    """Whether a whole split lies there whose manifest says the same about it."""
+    try:
+        return Split(folder).manifest["about"] == about
+    except ValueError:
+        return False
+
+
 def _write_tars(folder: Path, examples: Iterable[Example], examples_per_shard: int) -> int:
     keys: set[str] = set()
     writer = None

@@ -46,13 +46,13 @@ class Source:
         example = self.split.read(position)
         return self._named(position, lambda: decode_example(example, self.limits))
 
-    def item(self, position: int, column: str) -> Item:
-        """Only the query, or only the target, of an example, decoded."""
+    def items(self, position: int, column: str) -> list[Item]:
+        """One column of an example, decoded: its `query`, its `target`, or its `negatives`, which may be none."""
         example = self.split.read(position)
-        item = getattr(example, column)
-        if item is None:
+        items = example.negatives if column == "negatives" else (getattr(example, column),)
+        if None in items:
             raise ValueError(f"{self.split.folder}: example {example.key!r} has no {column}")
-        return self._named(position, lambda: decode_item(item, self.limits))
+        return self._named(position, lambda: [decode_item(item, self.limits) for item in items])
 
     def _named(self, position: int, decode: Callable[[], T]) -> T:
         try:

@@ -57,6 +57,17 @@ class TaskSpec:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The tasks of a configuration, for stages that train nothing, where training has them too.
+
+    Args:
+        tasks: Name to task; see `TaskSpec`.
+    """
+
+    tasks: dict[str, TaskSpec]
+
+
+@dataclass(frozen=True)
 class BenchmarkSpec:
     """A benchmark: what is embedded, against what, and how it is judged.
 

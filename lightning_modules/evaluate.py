@@ -102,10 +102,9 @@ class Judge:
     def __init__(
         self, encoder: Embedder, processor: Processor, root: Path, *, batch_size: int, num_workers: int, device: str
     ) -> None:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.encoder, self.processor, self.root = encoder.to(device).eval(), processor, root
-        self.batch_size, self.num_workers, self.device = batch_size, num_workers, device
+        self.device = device_named(device)
+        self.encoder, self.processor, self.root = encoder.to(self.device).eval(), processor, root
+        self.batch_size, self.num_workers = batch_size, num_workers
         self._splits: dict[str, Split] = {}
         self._columns: dict[tuple[str, str, str | None], Column] = {}
 
@@ -262,7 +261,7 @@ class Judge:
         """Embeddings of a column, made once."""
         key = (folder, column, prompt)
         if key not in self._columns:
-            corpus = Corpus(self._split(folder), column, prompt, self.processor, self.batch_size)
+            corpus = Corpus(self._split(folder), {column: prompt}, self.processor, self.batch_size)
             vectors, ids = [], []
             for batch in corpus.loader(self.num_workers):
                 vectors.append(self.encoder(batch.inputs.to(self.device)).cpu())
@@ -275,6 +274,11 @@ class Judge:
         prompted = [with_prompt(item, prompt or "{text}") for item in texts]
         batches = [prompted[first : first + self.batch_size] for first in range(0, len(prompted), self.batch_size)]
         return torch.cat([self.encoder(self.processor(batch).to(self.device)).cpu() for batch in batches])
+
+
+def device_named(name: str) -> str:
+    """A device; for `auto` the best there is."""
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)

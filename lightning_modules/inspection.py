@@ -2,7 +2,6 @@
 
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -10,23 +9,12 @@ from rich.console import Console
 from datamodules.cache import Cache
 from datamodules.curation.survey import Shards, survey_all
 from datamodules.store import Store
-from datamodules.tasks import BenchmarkSpec, TaskSpec
+from datamodules.tasks import BenchmarkSpec, Mixture, TaskSpec
 from datamodules.training import CacheConfig
 from lightning_modules.inspection_duplicates import duplicates_section, judged_columns
 from lightning_modules.inspection_sections import bad_section, lengths_section, samples_section, tasks_section
 from lightning_modules.listing import CSS
 from lightning_modules.page import write_page
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """The tasks of a configuration, where training has them too.
-
-    Args:
-        tasks: Name to task; see `TaskSpec`.
-    """
-
-    tasks: dict[str, TaskSpec]
 
 
 def inspect(

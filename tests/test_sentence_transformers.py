@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from datamodules.files import sha256_of
-from datamodules.processors.sentence_transformers import load_processor
+from datamodules.processors.loading import load_processor
 from datamodules.sample import Item, Part
 from lightning_modules.encoder.checkpoint import load_encoder, read_config, read_provenance, read_weights, save_encoder
 from lightning_modules.encoder.embedder import ComputeConfig, cut, probe

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from datamodules.files import sha256_of
 from datamodules.sample import Example, Item, Part, key_of, text_item
-from datamodules.shards import Split, write_split
+from datamodules.shards import Split, is_written, write_split
 
 STS_POSITIVE = 4.0  # our choice: from this score (0 to 5) on, two sentences say the same but for unimportant details
 CONTENT = ("text", "image", "audio", "video")
@@ -91,7 +91,7 @@ def prepare(source: str, out: str, *, sets: list[str] | None = None) -> None:
     for split in track(chosen, "writing shards", console=console, transient=True):
         folder = Path(out) / split.set / split.split
         about = {"set": split.set, "licence": licences[split.set], "source": origins[split.set], "files": _digests(split)}
-        if _is_finished(folder, about):
+        if is_written(folder, about):
             num_kept += 1
         else:
             write_split(folder, _at_least_one(split), about=about)
@@ -323,13 +323,6 @@ def _at_least_one(split: SplitSource) -> Iterator[Example]:
             f"or leave {split.set} out of `sets`"
         )
     return itertools.chain([first], examples)
-
-
-def _is_finished(folder: Path, about: Mapping[str, Any]) -> bool:
-    try:
-        return Split(folder).manifest["about"] == about
-    except ValueError:  # nothing there, or not whole: it is written anew
-        return False
 
 
 def _digests(split: SplitSource) -> dict[str, str]:

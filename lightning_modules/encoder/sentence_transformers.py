@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModel
 
 from datamodules.files import sha256_of
-from datamodules.processors.composed import ComposedProcessor
 from datamodules.processors.loading import load_processor
+from datamodules.processors.processor import Processor
 from datamodules.processors.sentence_transformers import (
     Module,
     modules_of,
@@ -42,7 +42,7 @@ FLAGS = {  # before version 6 each pooling had a setting of its own
 TOLERANCE = 1e-4  # of a token's state, both of unit length, in fp32
 
 
-def load_sentence_transformers(folder: str | Path) -> tuple[Embedder, ComposedProcessor]:
+def load_sentence_transformers(folder: str | Path) -> tuple[Embedder, Processor]:
     """The encoder and its processor. Its only prefix is the whole vector, as the folder does not say which others are trained.
 
     Raises:
@@ -149,7 +149,7 @@ def _dense_weight(folder: Path, module: Module) -> Tensor:
 
 
 @torch.no_grad()
-def _require_same_states(folder: Path, encoder: Embedder, processor: ComposedProcessor, plain: Any) -> None:
+def _require_same_states(folder: Path, encoder: Embedder, processor: Processor, plain: Any) -> None:
     """Refuse a text model that sees other tokens here than in transformers: a causal one, or one with other positions."""
     config = plain.config
     window = max(getattr(config, name, None) or 0 for name in ("sliding_window", "local_attention"))
