@@ -136,7 +136,7 @@ class TrainingData(L.LightningDataModule):
         del stage
         if self.processor_config is None:
             assert self.init_from is not None
-            self.processor = load_processor(Path(self.init_from))
+            self.processor = load_processor(self.init_from)
         else:
             config = self.processor_config
             own = config.tokenizer or (self._tokenizer_folder() if config.native is None else None)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from datamodules.corpus import Corpus
-from datamodules.processors.composed import Inputs
+from datamodules.processors.inputs import Inputs
 from datamodules.sample import BadExampleError, Example, Item, key_of
 from datamodules.shards import Split, is_written, write_split
 from datamodules.tasks import Mixture

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from datamodules.processors.composed import ComposedProcessor
-from datamodules.processors.sentence_transformers import load_processor
+from datamodules.processors.loading import load_processor
+from datamodules.processors.processor import Processor
 from datamodules.tasks import BenchmarkSpec
 from lightning_modules.encoder.checkpoint import (
     load_encoder,
@@ -139,7 +139,7 @@ def _check_same_inputs(first: str, other: str) -> None:
         )
 
 
-def _rules(processor: ComposedProcessor) -> str:
+def _rules(processor: Processor) -> str:
     """All of a tokenizer."""
     backend: Any = processor.tokenizer.backend_tokenizer
     return backend.to_str()

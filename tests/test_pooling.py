@@ -7,7 +7,7 @@ import torch
 from samples import TINY_TEXT
 from torch import nn
 
-from datamodules.processors.composed import Inputs
+from datamodules.processors.inputs import Inputs
 from lightning_modules.encoder.checkpoint import load_encoder, save_encoder
 from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig, probe, require_cached_is_plain

@@ -28,12 +28,13 @@ def new_processor(config: ProcessorConfig, tokenizer: str | Path | None) -> Proc
     return ComposedProcessor(config, found) if config.native is None else _native(config, found)
 
 
-def load_processor(folder: Path) -> Processor:
+def load_processor(folder: str | Path) -> Processor:
     """The processor of an encoder's folder, ours or sentence-transformers'.
 
     Raises:
         ValueError: There is none, it is damaged, or it cannot be represented.
     """
+    folder = Path(folder)
     if is_sentence_transformers(folder):
         return processor_of(folder)
     try:
