@@ -128,6 +128,13 @@ def test_the_probe_refuses_a_leak_that_the_pooling_meets(name, monkeypatch):
         probe(encoder)
 
 
+def test_the_probe_refuses_a_pooling_that_mixes_items(monkeypatch):
+    encoder = encoder_of()
+    monkeypatch.setattr(encoder, "pooling", lambda states_nLH: states_nLH.mean(1) + states_nLH.mean((0, 1)))
+    with pytest.raises(ValueError, match="padding or a batch neighbour"):
+        probe(encoder)
+
+
 @torch.no_grad()
 def test_without_a_projection_the_vector_is_what_pooling_gives():
     encoder = encoder_of("first", projection=False, embedding_dim=32, prefixes=(8, 32))

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from datamodules.files import sha256_of
 from datamodules.processors.loading import load_processor
 from datamodules.sample import Item, Part
+from lightning_modules.encoder import packing
 from lightning_modules.encoder.checkpoint import load_encoder, read_config, read_provenance, read_weights, save_encoder
 from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, cut, probe
@@ -114,6 +115,13 @@ def test_a_folder_from_before_version_six_says_its_pooling_by_flags(tmp_path):
     require_same_vectors(folder)
 
 
+def test_other_kinds_of_input_that_a_folder_takes_do_not_matter(tmp_path):
+    folder = folder_of(tmp_path, Pooling(32, "mean"))
+    own = json.loads((folder / "sentence_bert_config.json").read_text())["modality_config"]
+    edited(folder, "sentence_bert_config.json", modality_config={**own, "message": {"method": "forward"}})
+    assert load_processor(folder).config.max_text_tokens == 38
+
+
 def test_the_longest_input_is_the_folders_own(tmp_path):
     folder = folder_of(tmp_path, Pooling(32, "mean"), longest=40)
     assert load_processor(folder).config.max_text_tokens == 38
@@ -134,9 +142,12 @@ def test_provenance_names_the_folder_its_weights_and_its_prompts(tmp_path, capsy
     assert 'was trained with prompts, which tasks and benchmarks must give: {"query": "query: "}' in capsys.readouterr().out
     provenance = read_provenance(folder)
     assert (provenance["path"], provenance["prompts"]) == (str(folder), {"query": "query: "})
-    weights = load_file(folder / "2_Dense" / "model.safetensors")
-    save_file({name: weight + 1 for name, weight in weights.items()}, folder / "2_Dense" / "model.safetensors")
-    assert read_provenance(folder)["sha256"] != provenance["sha256"]
+    digests = {provenance["sha256"]}
+    for place in ("2_Dense", "."):
+        weights = load_file(folder / place / "model.safetensors")
+        save_file({name: weight + 1 for name, weight in weights.items()}, folder / place / "model.safetensors")
+        digests.add(read_provenance(folder)["sha256"])
+    assert len(digests) == 3
     assert read_provenance(MINILM)["sha256"] == sha256_of(MINILM / "model.safetensors")
 
 
@@ -183,6 +194,7 @@ TANH = "torch.nn.modules.activation.Tanh"
         ("3_Normalize/config.json", {"module_input_name": "token_embeddings"}, "a Normalize of token_embeddings"),
         ("sentence_bert_config.json", {"model_args": {"dtype": "bfloat16"}}, "the setting model_args of its text model"),
         ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "the setting transformer_task"),
+        ("sentence_bert_config.json", {"modality_config": {"text": {"method": "x"}}}, "the setting modality_config"),
         ("tokenizer_config.json", {"truncation_side": "left"}, "cuts long texts at their beginning"),
         ("config.json", {"model_type": "nonsense"}, "transformers cannot load the text model in"),
         ("config.json", {"num_hidden_layers": 3}, "lacks 16 weights, among them encoder.layer.2."),
@@ -236,6 +248,14 @@ def test_weights_are_read_from_safetensors_alone(tiny, tmp_path):
 def test_a_causal_model_is_refused(family, tmp_path):
     folder = folder_of(tmp_path, Pooling(32, "lasttoken"), family=family, **CAUSAL[family])
     with pytest.raises(ValueError, match=r"a (Qwen3|Gemma3Text)Model whose token states are others without a causal mask"):
+        load_encoder(folder)
+
+
+def test_a_window_that_is_another_here_is_refused(tmp_path, monkeypatch):
+    wide = {**FAMILIES["modernbert"], "local_attention": 32}
+    folder = folder_of(tmp_path, Pooling(32, "mean"), family="modernbert", **wide)
+    monkeypatch.setattr(packing, "_within", lambda *_: None)
+    with pytest.raises(ValueError, match="a ModernBertModel whose token states are others"):
         load_encoder(folder)
 
 
