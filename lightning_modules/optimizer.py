@@ -15,12 +15,16 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-TEXTS = ("encoder.backbone.text.", "encoder.backbone.model.language_model.", "encoder.backbone.model.text_model.")
+from lightning_modules.adapters import is_adapter, plain_name
+from lightning_modules.trained import above, is_below, matching
+
+ENCODER = "encoder."
+TEXTS = tuple(f"{ENCODER}backbone.{text}." for text in ("text", "model.language_model", "model.text_model"))
 PREFIXES = {  # the first that fits
     "text": TEXTS,
-    "towers": ("encoder.backbone.towers.", "encoder.backbone.model."),
-    "boundaries": ("encoder.backbone.boundaries.",),
-    "projection": ("encoder.pooling.", "encoder.projection."),
+    "towers": (f"{ENCODER}backbone.towers.", f"{ENCODER}backbone.model."),
+    "boundaries": (f"{ENCODER}backbone.boundaries.",),
+    "projection": (f"{ENCODER}pooling.", f"{ENCODER}projection."),
 }
 PARTS = (*PREFIXES, "objective")
 
@@ -42,6 +46,9 @@ class OptimizerConfig:
             `boundaries` and `projection` of the encoder (the last with a learnt pooling), and `objective`, which is whatever
             lies outside it (a learnt temperature). 0 freezes a part: it has no gradient and no optimiser state, its dropout
             stays on.
+        train: Patterns (see `trained`) of the encoder's weights that are trained, all others are frozen; None trains all of
+            them, or none where the encoder has adapters. Adapters are always trained.
+        freeze: Patterns of what is frozen, adapters too. It wins over `train`, as does a rate of 0.
         layer_decay: The rate of the text model's layer l of L is multiplied by layer_decay ** (L - l), that of what comes
             before its layers (embeddings) by layer_decay ** L; what comes after them has the last one's. 1 switches it off.
     """
@@ -53,6 +60,8 @@ class OptimizerConfig:
     momentum: float = 0.95
     warmup: float = 0.05
     rates: dict[str, float] = field(default_factory=dict)
+    train: tuple[str, ...] | None = None
+    freeze: tuple[str, ...] = ()
     layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
@@ -71,16 +80,27 @@ class OptimizerConfig:
 
 
 def freeze(module: nn.Module, config: OptimizerConfig) -> None:
-    """Take the gradient from the parts whose rate is 0.
+    """Take the gradient from what is not trained: parts whose rate is 0, and of the encoder what `train` and `freeze` say.
 
     Raises:
-        ValueError: Nothing is left to train.
+        ValueError: A pattern matches nothing, or nothing is left to train.
     """
+    encoder = [name.removeprefix(ENCODER) for name, _ in module.named_parameters() if name.startswith(ENCODER)]
+    known = [outer for name in encoder for outer in above(plain_name(name))]
+    frozen = matching(config.freeze, known, "optimizer.freeze")
+    trained = None if config.train is None else matching(config.train, known, "optimizer.train")
+    if trained is None and not any(map(is_adapter, encoder)):
+        trained = set(known)
     for name, parameter in module.named_parameters():
-        if config.rates.get(part_of(name)) == 0:
+        own = plain_name(name.removeprefix(ENCODER))
+        is_chosen = not name.startswith(ENCODER) or is_adapter(name) or is_below(own, trained or set())
+        if not is_chosen or is_below(own, frozen) or config.rates.get(part_of(name)) == 0:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise ValueError(f"optimizer.rates is {config.rates}, which freezes everything; leave a part to train")
+        raise ValueError(
+            f"optimizer.rates is {config.rates}, freeze {config.freeze} and train {config.train}, which freezes everything; "
+            "leave a part to train"
+        )
 
 
 def optimizer_of(module: nn.Module, config: OptimizerConfig) -> Optimizer:

@@ -138,13 +138,21 @@ def load_weights(encoder: Embedder, weights: Mapping[str, Tensor], where: str) -
     encoder.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()})
 
 
-def require_same_shape(encoder: Embedder, weights: Mapping[str, Tensor], where: str) -> None:
+def require_same_shape(
+    encoder: Embedder, weights: Mapping[str, Tensor], where: str, *, own: Mapping[str, Tensor] | None = None
+) -> None:
     """Refuse weights that are not exactly an encoder's.
+
+    Args:
+        encoder: What they are for.
+        weights: Name to tensor.
+        where: They come from.
+        own: Those of the encoder's that are meant; None means all.
 
     Raises:
         ValueError: A tensor is missing, left over, or of another shape; the first few are named.
     """
-    own = encoder.state_dict()
+    own = encoder.state_dict() if own is None else own
     wrong = [f"{n} (missing)" for n in own.keys() - weights.keys()] + [
         f"{n} (not in the model)" for n in weights.keys() - own.keys()
     ]
