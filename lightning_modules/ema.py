@@ -13,13 +13,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_modules.encoder.checkpoint import load_weights, require_same_shape
+from lightning_modules.encoder.checkpoint import require_same_shape
 from lightning_modules.encoder.embedder import Embedder
 from lightning_modules.sharded import shared_out
+from lightning_modules.trained import trained_state
 
 
 class EMA(Callback):
-    """Averages the encoder's weights after every update, the weights of k updates ago weighted by decay ** k.
+    """Averages the encoder's trained weights after every update, the weights of k updates ago weighted by decay ** k.
 
     The weights sum to 1 from the first update on, so that nothing of the encoder before it is in the average: with the sum
     s_t = decay · s_{t-1} + 1 of all weights so far, a_t = a_{t-1} + (θ_t - a_{t-1}) / s_t. In fp32, whatever the encoder has.
@@ -41,9 +42,9 @@ class EMA(Callback):
         if self.decay is None:
             return
         self._num_updates = _num_updates(trainer, pl_module)
-        weights = _encoder(pl_module).state_dict()
+        weights = trained_state(_encoder(pl_module))
         if self.average:
-            require_same_shape(_encoder(pl_module), self.average, "given as ckpt_path (its average)")
+            require_same_shape(_encoder(pl_module), self.average, "given as ckpt_path (its average)", own=weights)
         elif trainer.ckpt_path is not None and trainer.is_global_zero:
             print(f"{trainer.ckpt_path} holds no average of the weights; it begins at step {trainer.global_step}", flush=True)
         source = self.average or weights
@@ -62,7 +63,7 @@ class EMA(Callback):
             return
         self._num_updates = num_updates
         self.sum = self.decay * self.sum + 1.0
-        for name, weight in _encoder(pl_module).state_dict().items():
+        for name, weight in trained_state(_encoder(pl_module)).items():
             if weight.is_floating_point():
                 self.average[name].lerp_(weight.float(), 1.0 / self.sum)
             else:  # a counter
@@ -82,12 +83,19 @@ def averaged(trainer: L.Trainer, encoder: Embedder) -> Iterator[dict[str, float]
     if ema is None or ema.decay is None or not ema.sum:
         yield {}
         return
-    trained = {name: weight.clone() for name, weight in encoder.state_dict().items()}
-    load_weights(encoder, ema.average, "(its average)")
+    weights = trained_state(encoder)
+    trained = {name: weight.clone() for name, weight in weights.items()}
+    _put(ema.average, weights)
     try:
         yield {"ema": ema.decay}
     finally:
-        load_weights(encoder, trained, "(as trained)")
+        _put(trained, weights)
+
+
+@torch.no_grad()
+def _put(values: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        weight.copy_(values[name])
 
 
 def _num_updates(trainer: L.Trainer, pl_module: L.LightningModule) -> int:

@@ -3,6 +3,7 @@
 It holds no `training_step`: each stage writes its own, so that a stage can be read in one place.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from datamodules.collate import Batch
 from datamodules.order import generator
 from datamodules.processors.inputs import Inputs
 from datamodules.training import TrainingData
+from lightning_modules.adapters import LoRAConfig, inject, merged, unmoved
 from lightning_modules.ema import averaged
 from lightning_modules.encoder.checkpoint import (
     load_encoder,
     load_weights,
     read_provenance,
     read_weights,
-    require_same_shape,
     save_encoder,
     trainable,
 )
@@ -32,6 +33,7 @@ from lightning_modules.objective.health import CollapseWatch, first_line
 from lightning_modules.objective.objective import Objective, ObjectiveConfig, ObjectiveLoss
 from lightning_modules.optimizer import OptimizerConfig, base_rate, freeze, optimizer_of, warmup_cosine
 from lightning_modules.sharded import Sharded, is_sharded, shard, whole
+from lightning_modules.trained import frozen_sha256, require_same_run, trained_state
 
 
 class Stage(L.LightningModule):
@@ -40,6 +42,7 @@ class Stage(L.LightningModule):
     Args:
         encoder: Shape of a new encoder; None takes that of `init_from`.
         init_from: An encoder's folder to start from; None starts from the encoder's own (random or pretrained) weights.
+        lora: Adapters beside the encoder's linear layers; it is then frozen but for them and what `optimizer.train` names.
         objective: Terms and their weights.
         optimizer: Rule, learning rates and schedule.
         prefixes: Widths that are trained; None means those of the encoder.
@@ -54,6 +57,7 @@ class Stage(L.LightningModule):
         encoder: EncoderConfig | None = None,
         *,
         init_from: str | None = None,
+        lora: LoRAConfig | None = None,
         objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008 (frozen)
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         prefixes: tuple[int, ...] | None = None,
@@ -63,7 +67,7 @@ class Stage(L.LightningModule):
     ) -> None:
         super().__init__()
         self.guard = Guard()
-        self.init_from, self.optimizer_config = init_from, optimizer
+        self.init_from, self.lora, self.optimizer_config = init_from, lora, optimizer
         self.snapshot_every = snapshot_every
         if encoder is not None:
             self.encoder = Embedder(encoder, load_pretrained=init_from is None)
@@ -73,6 +77,7 @@ class Stage(L.LightningModule):
             self.encoder, _ = load_encoder(init_from)
         else:
             raise ValueError("give model.encoder (a new encoder's shape) or model.init_from (an encoder's folder)")
+        self.adapted = [] if lora is None else inject(self.encoder, lora)
         own = self.encoder.config
         self.prefixes = own.prefixes if prefixes is None else prefixes
         self.objective = Objective(objective, prefixes=self.prefixes, embedding_dim=own.embedding_dim)
@@ -81,6 +86,8 @@ class Stage(L.LightningModule):
         self._compared = not compare_cached
         self._noted: dict[str, float] = {}
         freeze(self, optimizer)
+        described = None if lora is None else dataclasses.asdict(lora)
+        self.made_for = {"lora": described, "frozen_sha256": frozen_sha256(self)}
 
     @property
     def data(self) -> TrainingData:
@@ -122,11 +129,22 @@ class Stage(L.LightningModule):
             )
         if not is_sharded(self.encoder):  # those were probed before
             probe(self.encoder)
+        if self.made_for["frozen_sha256"] is not None and self.trainer.is_global_zero:
+            num_all = sum(parameter.numel() for parameter in self.encoder.parameters())
+            adapters = f", with adapters beside {len(self.adapted)} linear layers" if self.adapted else ""
+            print(f"{trainable(self.encoder)} of the encoder's {num_all} parameters are trained{adapters}", flush=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What is frozen is named by its hash alone."""
+        trained = trained_state(self).keys()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+        checkpoint.update(self.made_for)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        encoder = "encoder."
-        weights = {n.removeprefix(encoder): w for n, w in checkpoint["state_dict"].items() if n.startswith(encoder)}
-        require_same_shape(self.encoder, weights, "given as ckpt_path")
+        require_same_run(self, checkpoint)
+        trained = trained_state(self).keys()
+        frozen = {name: value for name, value in self.state_dict().items() if name not in trained}
+        checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         del batch_idx
@@ -209,6 +227,20 @@ class Stage(L.LightningModule):
         with averaged(self.trainer, self.encoder) as average:
             weights = {key: whole(weight) for key, weight in self.encoder.state_dict().items()}
             if self.trainer.is_global_zero:
-                provenance |= average
+                provenance |= average | self._adapters(weights)
+                weights = weights if self.lora is None else merged(weights, self.lora)
                 save_encoder(folder, self.encoder, self.data.processor, provenance=provenance, weights=weights)
                 print(f"encoder in {folder}")
+
+    def _adapters(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        """What provenance says of adapters that are merged; on the screen those that did nothing."""
+        if self.lora is None:
+            return {}
+        idle = unmoved(self.encoder, weights)
+        if idle:
+            print(
+                f"{len(idle)} of {len(self.adapted)} adapters are as they began, among them {', '.join(idle[:3])}: no example "
+                "went through their layers, or the model uses the weights of these without calling them",
+                flush=True,
+            )
+        return {"lora": {**dataclasses.asdict(self.lora), "layers": len(self.adapted)}}

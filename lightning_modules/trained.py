@@ -58,11 +58,11 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def frozen_sha256(module: nn.Module) -> str | None:
-    """SHA-256 over names, types and bytes of a module's frozen parameters; None where nothing is frozen."""
+    """SHA-256 over names, shapes and bytes of a module's frozen parameters; None where nothing is frozen."""
     digest = hashlib.sha256()
     frozen = sorted((name, value.detach()) for name, value in module.named_parameters() if not value.requires_grad)
     for name, value in frozen:
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest() if frozen else None
 

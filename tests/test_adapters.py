@@ -189,6 +189,12 @@ def test_a_linear_layer_inside_a_wrapper_is_found_by_the_wrappers_name():
     assert inject(plain, config) == [f"{wrapper}.linear"]
 
 
+def test_a_name_is_matched_as_it_is_written():
+    holder = nn.Module()
+    holder.one, holder.one_two = nn.ModuleDict({"two": nn.Linear(2, 2)}), nn.Linear(2, 2)
+    assert inject(holder, LoRAConfig(targets=("one",))) == ["one.two"]
+
+
 def test_peft_merges_to_the_same_weights(tiny_encoder):
     for config in KINDS.values():
         encoder = taught(copy.deepcopy(tiny_encoder), config)
@@ -368,6 +374,15 @@ def test_layers_that_a_tower_never_calls_are_refused(model, arguments, silent):
     assert any(name.endswith("attn.qkv") for name in names) == (not silent)
     assert holder.training
     assert not any(module._forward_hooks for module in holder.modules())
+
+
+def test_putting_adapters_in_moves_no_running_mean():
+    holder = nn.Module()
+    holder.tower = Tower(TowerConfig("test_efficientnet"), 8)
+    before = {name: value.clone() for name, value in holder.named_buffers()}
+    assert inject(holder, LoRAConfig(targets=("tower",))) == ["tower.project"]
+    assert any("running_mean" in name for name in before)
+    assert all(torch.equal(value, before[name]) for name, value in holder.named_buffers())
 
 
 def test_a_weight_of_several_names_is_refused(tiny_encoder):
