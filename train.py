@@ -105,12 +105,11 @@ def _is_stage(found: Any, name: str) -> bool:
     return inspect.isfunction(found) and any(line.search(path.read_text()) for path in CONF.rglob("*.yaml"))
 
 
-def fit(stage: type, config: dict[str, Any], wants_help: bool) -> None:
+def fit(stage: Any, config: dict[str, Any], wants_help: bool) -> None:
     """Train a stage through the Lightning CLI, which refuses unknown keys and wrong types at every depth."""
     from lightning.pytorch.cli import LightningCLI
 
     from datamodules.files import replace_file
-    from datamodules.training import TrainingData
     from lightning_modules.checkpoints import FOLDER, newest
 
     class StageCLI(LightningCLI):
@@ -136,7 +135,7 @@ def fit(stage: type, config: dict[str, Any], wants_help: bool) -> None:
     resolved = OmegaConf.to_yaml(OmegaConf.create(without_secrets(config)))  # before the parser puts its own objects into it
     sys.argv = sys.argv[:1]  # everything is in `arguments`; the CLI warns when both are there
     arguments: Any = ["fit", "--help"] if wants_help else {"subcommand": "fit", "fit": config}
-    StageCLI(stage, TrainingData, args=arguments, save_config_callback=None, parser_kwargs={"exit_on_error": wants_help})
+    StageCLI(stage, stage.data_class, args=arguments, save_config_callback=None, parser_kwargs={"exit_on_error": wants_help})
 
 
 def call(function: Any, config: dict[str, Any], wants_help: bool) -> None:

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from datamodules.collate import Batch, Collate
+from datamodules.collate import Batch
 from datamodules.decode import decode_example, decode_item
 from datamodules.media.limits import DecodeLimits
 from datamodules.order import generator
@@ -82,7 +82,7 @@ class StepStream(IterableDataset[Batch]):
         self,
         plan: Plan,
         sources: Mapping[str, Source],
-        collate: Collate,
+        collate: Callable[..., Batch],
         *,
         first_step: int,
         num_steps: int,

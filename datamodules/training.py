@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -156,13 +156,17 @@ class TrainingData(L.LightningDataModule):
         stream = StepStream(
             self.plan,
             {name: Source(split, self.processor.config.decode) for name, split in self.splits.items()},
-            Collate(self.tasks, self.processor, self.prompt_dropout, self.seed),
+            self.collate(),
             first_step=self.next_step,
             num_steps=self.trainer.max_steps * self.trainer.accumulate_grad_batches,
             rank=self.trainer.global_rank,
             world_size=world_size,
         )
         return loader_of(stream, self.num_workers, start_method=self.start_method, max_wait_seconds=self.max_wait_seconds)
+
+    def collate(self) -> Callable[..., Batch]:
+        """What makes batches of examples."""
+        return Collate(self.tasks, self.processor, self.prompt_dropout, self.seed)
 
     def note(self, batch: Batch) -> dict[str, float]:
         """Count a batch that is trained on; bad examples are counted by cause and written to `faults-rank<r>.jsonl`.

@@ -25,6 +25,7 @@ PREFIXES = {  # the first that fits
     "towers": (f"{ENCODER}backbone.towers.", f"{ENCODER}backbone.model."),
     "boundaries": (f"{ENCODER}backbone.boundaries.",),
     "projection": (f"{ENCODER}pooling.", f"{ENCODER}projection."),
+    "decoder": ("decoder.",),
 }
 PARTS = (*PREFIXES, "objective")
 
@@ -34,18 +35,18 @@ class OptimizerConfig:
     """AdamW, or Muon beside it, with linear warm-up and cosine decay to 0.
 
     Args:
-        name: `adamw` for everything; `muon` for the matrices of linear layers within text model and towers, AdamW for all else
-            (embeddings, boundaries, convolutions, vectors, projection, objective). Muon's step is scaled to the size of
-            AdamW's, so that one rate and one weight decay serve both.
+        name: `adamw` for everything; `muon` for the matrices of linear layers within text model, towers and decoder, AdamW
+            for all else (embeddings, boundaries, convolutions, vectors, projection, objective). Muon's step is scaled to the
+            size of AdamW's, so that one rate and one weight decay serve both.
         learning_rate: At the end of the warm-up, where `rates` and `layer_decay` leave it.
         weight_decay: Of matrices; vectors and scalars have none.
         betas: Of AdamW.
         momentum: Of Muon.
         warmup: Share of the run's steps that the rate rises over.
         rates: Part of the stage to what its rate is multiplied by, 1 for those left out. The parts are `text`, `towers`,
-            `boundaries` and `projection` of the encoder (the last with a learnt pooling), and `objective`, which is whatever
-            lies outside it (a learnt temperature). 0 freezes a part: it has no gradient and no optimiser state, its dropout
-            stays on.
+            `boundaries` and `projection` of the encoder (the last with a learnt pooling), the `decoder` of an adaptation, and
+            `objective`, which is whatever else there is (a learnt temperature). 0 freezes a part: it has no gradient and no
+            optimiser state, its dropout stays on.
         train: Patterns (see `trained`) of the encoder's weights that are trained, all others are frozen; None trains all of
             them, or none where the encoder has adapters. Adapters are always trained.
         freeze: Patterns of what is frozen, adapters too. It wins over `train`, as does a rate of 0.
@@ -175,9 +176,9 @@ def layer_factors(module: nn.Module, layer_decay: float) -> dict[str, float]:
 
 
 def hidden_matrices(module: nn.Module) -> set[str]:
-    """Names of the weights that Muon moves: of linear layers in text model and towers, neither the way in nor the way out."""
+    """Names of the weights that Muon moves: of linear layers in text model, towers and decoder, neither way in nor way out."""
     weights = {f"{name}.weight" for name, inner in module.named_modules() if isinstance(inner, nn.Linear)}
-    return {name for name in weights if part_of(name) in ("text", "towers")}
+    return {name for name in weights if part_of(name) in ("text", "towers", "decoder")}
 
 
 def _require_same_groups(optimizer: Optimizer, state: dict[str, Any]) -> None:

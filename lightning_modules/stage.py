@@ -6,7 +6,7 @@ It holds no `training_step`: each stage writes its own, so that a stage can be r
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from datamodules.collate import Batch
 from datamodules.order import generator
 from datamodules.processors.inputs import Inputs
+from datamodules.processors.loading import load_processor
 from datamodules.training import TrainingData
 from lightning_modules.adapters import LoRAConfig, inject, merged, unmoved
 from lightning_modules.ema import averaged
@@ -52,6 +53,8 @@ class Stage(L.LightningModule):
         snapshot_every: Steps after which the encoder is also kept as `encoder-<step>`, for soups; None keeps the last only.
     """
 
+    data_class: ClassVar[type[TrainingData]] = TrainingData
+
     def __init__(
         self,
         encoder: EncoderConfig | None = None,
@@ -85,8 +88,12 @@ class Stage(L.LightningModule):
         self.encoder.use(compute)
         self._compared = not compare_cached
         self._noted: dict[str, float] = {}
-        freeze(self, optimizer)
-        described = None if lora is None else dataclasses.asdict(lora)
+        self.settle()
+
+    def settle(self) -> None:
+        """Freeze what is not trained, and keep what checkpoints will say of it; once all of the stage is there."""
+        freeze(self, self.optimizer_config)
+        described = None if self.lora is None else dataclasses.asdict(self.lora)
         self.made_for = {"lora": described, "frozen_sha256": frozen_sha256(self)}
 
     @property
@@ -127,6 +134,13 @@ class Stage(L.LightningModule):
                 f"the tokenizer has {num_tokens} entries, the text model {self.encoder.backbone.vocab_size}; "
                 "make data.processor.vocab_size at most the text model's vocab_size"
             )
+        if self.init_from is not None:
+            vocabulary = load_processor(self.init_from).tokenizer.get_vocab()
+            if vocabulary != self.data.processor.tokenizer.get_vocab():
+                raise ValueError(
+                    f"{self.init_from} knows another tokenizer's tokens than data.processor has; "
+                    "set data.init_from to the same folder and data.processor=null"
+                )
         if not is_sharded(self.encoder):  # those were probed before
             probe(self.encoder)
         if self.made_for["frozen_sha256"] is not None and self.trainer.is_global_zero:
@@ -141,6 +155,14 @@ class Stage(L.LightningModule):
         checkpoint.update(self.made_for)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        adapted = [
+            any(name.startswith("decoder.") for name in names) for names in (checkpoint["state_dict"], self.state_dict())
+        ]
+        if adapted[0] != adapted[1]:
+            raise ValueError(
+                f"the checkpoint given as ckpt_path is {'' if adapted[0] else 'not '}one of an adaptation; "
+                "begin a run of its own, with model.init_from where there is an encoder to start from"
+            )
         require_same_run(self, checkpoint)
         trained = trained_state(self).keys()
         frozen = {name: value for name, value in self.state_dict().items() if name not in trained}

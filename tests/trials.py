@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from samples import TINY
@@ -54,10 +55,10 @@ class Zygote:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def begin(self, out: Path, *more: str, world_size: int = 1, **environment: str) -> "Run":
+    def begin(self, out: Path, *more: str, world_size: int = 1, base: Sequence[str] = SMALL, **environment: str) -> "Run":
         out.mkdir(parents=True, exist_ok=True)
         two = TWO_RANKS if world_size > 1 else []
-        arguments = [*SMALL, f"data.root={self.world}", f"trainer.default_root_dir={out}", *two, *more]
+        arguments = [*base, f"data.root={self.world}", f"trainer.default_root_dir={out}", *two, *more]
         port = str(free_port())
         pids = []
         for rank in range(world_size):

@@ -101,7 +101,7 @@ class Processor(ABC):
             ValueError: An item is too long and such are refused, a kind of media cannot be taken, or an item comes to no token
                 at all (an empty text under a tokenizer without begin or end).
         """
-        tokens = self._tokens([str(part.content) for item in items for part in item.parts if part.kind in TEXT_KINDS])
+        tokens = self.tokens([str(part.content) for item in items for part in item.parts if part.kind in TEXT_KINDS])
         media: dict[str, list[Tensor]] = defaultdict(list)
         rows, views, digests, truncated = zip(*(self._sequence(item, tokens, media) for item in items), strict=True)
         lengths = torch.tensor([len(ids) for ids in rows])
@@ -116,7 +116,7 @@ class Processor(ABC):
             sum(truncated),
         )
 
-    def _tokens(self, texts: list[str]) -> Iterator[list[int]]:
+    def tokens(self, texts: list[str]) -> Iterator[list[int]]:
         """Token ids of each text, without begin and end, all encoded in one call."""
         backend = self._backend()
         backend.encode_special_tokens = True  # a text that spells one is text

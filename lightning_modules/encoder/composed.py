@@ -238,8 +238,10 @@ def settings_of(config: ComposedConfig) -> Any:
         try:
             return AutoConfig.from_pretrained(config.pretrained, revision=config.revision, trust_remote_code=False)
         except Exception as error:  # of the hub, of the file, of the family
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"backbone.pretrained is {config.pretrained}, which cannot be loaded: {reason}") from error
+            raise ValueError(
+                f"no model can be read from {config.pretrained!r} ({' '.join(str(error).split())[:300]}); "
+                "make backbone.pretrained a folder with its config.json and safetensors, or its name on the hub"
+            ) from error
     fields = dict(config.text or {})
     family = fields.pop("model_type", None)
     if family is None:
