@@ -240,7 +240,7 @@ def test_a_gemma_3_is_adapted(zygote, tmp_path):
         (["data.ul2.first_sentinel=399"], "need 4 sentinels, here the ids from 399 to 402; the text model has 400"),
         (
             ["model.encoder.backbone.text=null", "model.encoder.backbone.pretrained=/nowhere/model"],
-            "no text model can be read from '/nowhere/model'",
+            "no model can be read from '/nowhere/model'",
         ),
         (["data.ul2.denoisers.prefix.rate=1.5"], "a denoiser has rate 1.5"),
         (["data.ul2.sequence_length=2047"], "data.ul2.sequence_length is 2047, the text model takes 2048 tokens"),
