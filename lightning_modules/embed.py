@@ -23,7 +23,6 @@ from lightning_modules.encoder.checkpoint import load_encoder, read_provenance
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, cut, probe
 from lightning_modules.evaluate import device_named
 
-COLUMNS = ("query", "target", "negatives")
 Templates = dict[str, str | None]  # column to the template around its text
 
 
@@ -97,8 +96,8 @@ def _templates(data: Mixture, prompts: bool) -> dict[str, Templates]:
     found: dict[str, Templates] = {}
     for name, task in data.tasks.items():
         if task.rate > 0:
-            given = (task.query_prompt, task.target_prompt, task.target_prompt) if prompts else (None, None, None)
-            wanted = dict(zip(COLUMNS, given, strict=True))
+            query, target = (task.query_prompt, task.target_prompt) if prompts else (None, None)
+            wanted: Templates = {"query": query, "target": target, "negatives": target}
             if found.setdefault(task.shards, wanted) != wanted:
                 raise ValueError(
                     f"task {name!r} puts other prompts around {task.shards} than one before it, and an item has one vector; "

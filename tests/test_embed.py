@@ -23,8 +23,9 @@ from lightning_modules.embed import embed
 from lightning_modules.encoder.checkpoint import read_provenance, save_encoder
 from lightning_modules.encoder.embedder import ComputeConfig, cut
 
-PROMPTS = {"query_prompt": "q: {text}", "target_prompt": "title: {title} | {text}"}
-MIXED = Mixture({"m": TaskSpec("mixed", **PROMPTS), "off": TaskSpec("nowhere", rate=0)})
+TARGET = "title: {title} | {text}"
+PROMPTED = TaskSpec("mixed", query_prompt="q: {text}", target_prompt=TARGET)
+MIXED = Mixture({"m": PROMPTED, "off": TaskSpec("nowhere", rate=0)})
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def mixed(tmp_path) -> Path:
 
 
 def columns_of(example: Example) -> list:
-    return [(example.query, "q: {text}"), *((item, PROMPTS["target_prompt"]) for item in (example.target, *example.negatives))]
+    return [(example.query, "q: {text}"), *((item, TARGET) for item in (example.target, *example.negatives))]
 
 
 @torch.no_grad()
@@ -127,7 +128,7 @@ def test_what_cannot_be_embedded_is_refused(teacher, mixed, tmp_path):
     data = bytearray(tar.read_bytes())
     data[600] ^= 1
     tar.write_bytes(data)
-    twice = Mixture({"a": TaskSpec("mixed", **PROMPTS), "b": TaskSpec("mixed")})
+    twice = Mixture({"a": PROMPTED, "b": TaskSpec("mixed")})
     for mixture, place, message in (
         (Mixture({}), out, "no task has a rate above 0"),
         (MIXED, str(mixed / "x" / ".."), "where the splits are read from; give another folder"),

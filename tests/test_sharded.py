@@ -49,6 +49,12 @@ def test_every_layout_learns_the_same(runs, layout):
     assert distance(runs[layout], runs["whole"]) < NEAR
 
 
+def test_a_learnt_pooling_learns_the_same_in_shares(zygote, tmp_path):
+    learnt = ["model.encoder.pooling=attention", "trainer.max_steps=6"]
+    whole = trained(zygote, tmp_path / "whole", "one", *learnt)
+    assert distance(trained(zygote, tmp_path / "sharded", "sharded", *IN_PARTS, *learnt), whole) < NEAR
+
+
 @pytest.mark.parametrize("other", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_checkpoint_goes_on_in_any_layout(zygote, runs, tmp_path, layout, other):
