@@ -12,8 +12,7 @@ from test_ul2 import put_together
 
 from datamodules import denoising
 from datamodules.denoising import Denoise, DenoisingBatch, DenoisingData, sentinels_of, start_of, text_of
-from datamodules.processors.composed import ComposedProcessor
-from datamodules.processors.processor import ProcessorConfig
+from datamodules.processors.processor import Processor, ProcessorConfig
 from datamodules.processors.tokenizer import train_tokenizer
 from datamodules.sample import Example, Item, Part, media_item, text_item
 from datamodules.tasks import TaskSpec
@@ -27,12 +26,12 @@ TASKS = {
 }
 
 
-def batch_of(processor: ComposedProcessor, *examples: Example, step: int = 0) -> DenoisingBatch:
+def batch_of(processor: Processor, *examples: Example, step: int = 0) -> DenoisingBatch:
     denoise = Denoise(processor, UL2, sentinels_of(processor.tokenizer, UL2), start=0, seed=0)
     return denoise("a/b", step, examples, rows=np.arange(len(examples)))
 
 
-def sequences_of(batch: DenoisingBatch, processor: ComposedProcessor) -> list[list[int]]:
+def sequences_of(batch: DenoisingBatch, processor: Processor) -> list[list[int]]:
     """The sequences that the batch was made of, put together again."""
     written = batch.target.split(batch.decoder.lengths.tolist())
     end = len(processor.last_ids)
@@ -170,7 +169,7 @@ def test_a_decoder_starts_from_the_begin_or_else_from_padding(processor):
     begun = copy.copy(processor)
     begun.first_ids = [7]
     assert start_of(begun) == 7
-    bare = ComposedProcessor(processor.config, train_tokenizer(TEXTS, 300))
+    bare = Processor(processor.config, train_tokenizer(TEXTS, 300))
     bare.tokenizer.pad_token = None
     with pytest.raises(ValueError, match="neither a begin nor a padding token"):
         start_of(bare)

@@ -74,8 +74,9 @@ class Zygote:
     def close(self) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.close()
+        self.process.kill()  # a loader's worker, forked meanwhile, may hold its standard input open
         self.process.wait()
+        self.process.stdin.close()
         self.process.stdout.close()
 
 
