@@ -12,6 +12,7 @@ from test_ul2 import put_together
 
 from datamodules import denoising
 from datamodules.denoising import Denoise, DenoisingBatch, DenoisingData, sentinels_of, start_of, text_of
+from datamodules.processors.composed import ComposedProcessor
 from datamodules.processors.processor import Processor, ProcessorConfig
 from datamodules.processors.tokenizer import train_tokenizer
 from datamodules.sample import Example, Item, Part, media_item, text_item
@@ -169,7 +170,7 @@ def test_a_decoder_starts_from_the_begin_or_else_from_padding(processor):
     begun = copy.copy(processor)
     begun.first_ids = [7]
     assert start_of(begun) == 7
-    bare = Processor(processor.config, train_tokenizer(TEXTS, 300))
+    bare = ComposedProcessor(processor.config, train_tokenizer(TEXTS, 300))
     bare.tokenizer.pad_token = None
     with pytest.raises(ValueError, match="neither a begin nor a padding token"):
         start_of(bare)
