@@ -75,13 +75,14 @@ def inject(encoder: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def linear_layers(encoder: nn.Module, config: LoRAConfig) -> list[str]:
-    """Full names of the linear layers that are meant.
+    """Full names of the linear layers that are meant; torch's own attention takes its `out_proj`'s weight without calling it.
 
     Raises:
         ValueError: See `inject`.
     """
     modules = {name: module for name, module in encoder.named_modules() if name}
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    uncalled = {f"{name}.out_proj" for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in uncalled]
     matched, excluded = (
         matching(patterns, modules, f"lora.{key}")
         for key, patterns in (("targets", config.targets), ("exclude", config.exclude))

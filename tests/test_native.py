@@ -23,6 +23,7 @@ from datamodules.processors.loading import new_processor
 from datamodules.processors.native import NativeProcessor
 from datamodules.processors.processor import Processor, ProcessorConfig
 from datamodules.sample import Item, Part
+from lightning_modules.adapters import LoRAConfig, inject, is_adapter, merged
 from lightning_modules.encoder.checkpoint import load_encoder, save_encoder
 from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig, probe, require_cached_is_plain
@@ -350,3 +351,22 @@ def test_weights_in_half_precision_give_nearly_the_same_vectors(folder, family):
     probe(half)
     near = torch.nn.functional.cosine_similarity(encoder_of(folder(family))(inputs), half(inputs))
     assert near.min() > 0.995
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_change_nothing_at_first_learn_everywhere_and_merge(folder, family):
+    config = LoRAConfig(rank=2, dora=family == "gemma3")
+    encoder, inputs = encoder_of(folder(family)), processor_of(folder(family))(items_of(family))
+    before = encoder(inputs).detach()
+    inject(encoder, config)
+    assert torch.equal(encoder(inputs), before)
+    adapters = {name: parameter for name, parameter in encoder.named_parameters() if is_adapter(name)}
+    with torch.no_grad():
+        for parameter in adapters.values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    vectors = encoder(inputs)
+    vectors.square().sum().backward()
+    assert [name for name, parameter in adapters.items() if parameter.grad is None or not parameter.grad.any()] == []
+    plain = encoder_of(folder(family))
+    plain.load_state_dict(merged(encoder.state_dict(), config))
+    torch.testing.assert_close(plain(inputs), vectors, rtol=1e-4, atol=1e-5)
