@@ -14,6 +14,7 @@ import transformers
 from native_models import FAMILIES, tokenizer_with, write_model
 from PIL import Image
 from test_train import run
+from torch._dynamo import config as dynamo_config
 from torch.nn.attention import flex_attention
 
 from datamodules.media.audio import SAMPLE_RATE
@@ -219,12 +220,12 @@ def test_attention_implementations_agree(folder, family):
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 @torch.no_grad()
 def test_flex_attention_agrees(folder, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # compiling its kernels takes a minute
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     inputs = processor_of(folder("gemma3"))(items_of("gemma3"))
     flex = encoder_of(folder("gemma3"), attention="flex_attention")
-    probe(flex)
-    torch.testing.assert_close(flex(inputs), encoder_of(folder("gemma3"))(inputs), rtol=1e-4, atol=1e-5)
+    with dynamo_config.patch(disable=True):  # compiling its kernels takes a minute
+        probe(flex)
+        torch.testing.assert_close(flex(inputs), encoder_of(folder("gemma3"))(inputs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "gemma4"])
