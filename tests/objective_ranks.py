@@ -1,6 +1,7 @@
 """One of several ranks that train a toy encoder with each objective of CASES under DDP: writes what it met (test_ranks.py)."""
 
 import inspect
+import os
 import sys
 from typing import Any
 
@@ -129,7 +130,10 @@ def main(rank: int, num_ranks: int, folder: str) -> None:
     met["sharded"] = trained(EVERYTHING, rank, num_ranks, lambda toy: fully_shard(toy, mesh=mesh))
     met["refusals"] = refusals(rank)
     torch.save(met, f"{folder}/rank{rank}of{num_ranks}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may outlive what they use at the interpreter's end, and abort it
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One of two ranks that train a linear encoder with the loss, under DDP and FSDP: prints its gradients (test_operator.py)."""
 
+import os
 import sys
 
 import torch
@@ -33,7 +34,10 @@ def main(rank: int, address: str) -> None:
         gradient = encoder.weight.grad
         assert gradient is not None
         print(*(gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).flatten().tolist())
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may outlive what they use at the interpreter's end, and abort it
 
 
 if __name__ == "__main__":
