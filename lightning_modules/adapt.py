@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datamodules.denoising import DenoisingBatch, DenoisingData
-from lightning_modules.encoder.composed import checkpoint_transformers
+from lightning_modules.encoder.backbone import checkpoint_transformers
 from lightning_modules.encoder.decoder import Decoder
 from lightning_modules.encoder.embedder import ComputeConfig, EncoderConfig
 from lightning_modules.optimizer import OptimizerConfig

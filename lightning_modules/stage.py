@@ -29,6 +29,7 @@ from lightning_modules.encoder.checkpoint import (
     trainable,
 )
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig, probe, require_cached_is_plain
+from lightning_modules.encoder.native import require_its_inputs
 from lightning_modules.guard import Guard
 from lightning_modules.objective.health import CollapseWatch, first_line
 from lightning_modules.objective.objective import Objective, ObjectiveConfig, ObjectiveLoss
@@ -128,6 +129,8 @@ class Stage(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
+        if self.data.processor_config is not None:
+            require_its_inputs(self.encoder.backbone, self.data.processor_config)
         num_tokens = len(self.data.processor.tokenizer)
         if num_tokens > self.encoder.backbone.vocab_size:
             raise ValueError(

@@ -18,7 +18,7 @@ from datamodules.processors.composed import ComposedProcessor  # noqa: E402
 from datamodules.processors.processor import ProcessorConfig  # noqa: E402
 from datamodules.processors.tokenizer import train_tokenizer  # noqa: E402
 from datamodules.world import write_world  # noqa: E402
-from lightning_modules.encoder.composed import ComposedConfig  # noqa: E402
+from lightning_modules.encoder.backbone import BackboneConfig  # noqa: E402
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig  # noqa: E402
 from lightning_modules.encoder.towers import TowerConfig  # noqa: E402
 
@@ -49,7 +49,7 @@ def tiny_config() -> EncoderConfig:
     picture = TowerConfig(arguments=dict(TINY_VIT), stem="conv")
     sound = TowerConfig(arguments=dict(TINY_VIT), stem="conv", in_chans=1)
     routes = {"image": "picture", "page": "picture", "video": "picture", "audio": "sound"}
-    backbone = ComposedConfig(text=dict(TINY_TEXT), towers={"picture": picture, "sound": sound}, routes=routes)
+    backbone = BackboneConfig(text=dict(TINY_TEXT), towers={"picture": picture, "sound": sound}, routes=routes)
     return EncoderConfig(backbone, embedding_dim=16, prefixes=(4, 8, 16))
 
 

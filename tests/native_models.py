@@ -6,22 +6,12 @@ from typing import Any
 
 import torch
 import transformers
+from samples import TINY_TEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 T: Any = transformers  # whose constructors' types are not to the point here
-SIZES = {
-    "vocab_size": 340,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 2048,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-}
+SIZES = {name: value for name, value in TINY_TEXT.items() if name != "model_type"}
+SIZES |= {"vocab_size": 340, "max_position_embeddings": 2048, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 PATCHES = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "size": {"shortest_edge": 128, "longest_edge": 1024}}

@@ -17,12 +17,13 @@ from test_train import run
 from trials import consumed, weights_hash
 
 from datamodules.denoising import Denoise, DenoisingBatch
+from datamodules.processors.tokenizer import train_tokenizer
 from datamodules.sample import Example, text_item
 from datamodules.ul2 import UL2Config
 from lightning_modules.adapt import Adapt
 from lightning_modules.checkpoints import FOLDER, VerifiedCheckpointIO, newest
+from lightning_modules.encoder.backbone import BackboneConfig
 from lightning_modules.encoder.checkpoint import read_config, read_provenance, read_weights
-from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import ComputeConfig, EncoderConfig
 from lightning_modules.optimizer import OptimizerConfig, optimizer_of, part_of
 
@@ -58,7 +59,7 @@ def batch_of(processor) -> DenoisingBatch:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_step_of_the_optimiser_lowers_the_loss(processor, text, name):
     config = OptimizerConfig(name, learning_rate=3e-3)
-    stage = stage_of(EncoderConfig(ComposedConfig(text=text), 16, (16,)), optimizer=config)
+    stage = stage_of(EncoderConfig(BackboneConfig(text=text), 16, (16,)), optimizer=config)
     batch, optimizer = batch_of(processor), optimizer_of(stage, config)
     before = stage.losses(batch).mean()
     before.backward()
@@ -171,7 +172,8 @@ def test_both_sides_start_from_a_pretrained_decoder(zygote, tmp_path):
     config = transformers.AutoConfig.for_model(**{**TINY_TEXT, "vocab_size": 400})
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path / "decoder")
-    backbone = ComposedConfig(pretrained=str(tmp_path / "decoder"))
+    train_tokenizer(TEXTS, 380).save_pretrained(tmp_path / "decoder")
+    backbone = BackboneConfig(pretrained=str(tmp_path / "decoder"))
     stage = Adapt(EncoderConfig(backbone, 16, (16,)))
     sides = stage.encoder.backbone.text.state_dict(), stage.decoder.text.state_dict()
     for name, weight in model.model.state_dict().items():
@@ -179,6 +181,10 @@ def test_both_sides_start_from_a_pretrained_decoder(zygote, tmp_path):
         assert torch.equal(sides[1][re.sub(r"^layers\.(\d+)", r"layers.\1.layer", name)], weight)
     named = ["model.encoder.backbone.text=null", f"model.encoder.backbone.pretrained={tmp_path / 'decoder'}"]
     arguments = [word for word in SMALL if not word.startswith("model.encoder.backbone.text")]
+    trial = zygote.begin(tmp_path / "new-tokenizer", *named, base=arguments)
+    assert trial.wait() == [1]
+    assert "a new tokenizer's ids would mean other words to it; set data.processor.tokenizer=" in trial.log()
+    named.append(f"data.processor.tokenizer={tmp_path / 'decoder'}")
     trial = zygote.begin(tmp_path / "run", *named, "trainer.max_steps=2", base=arguments)
     assert trial.wait() == [0], trial.log()
     assert trial.log().count("decoder has an output layer of its own, which is left out") == 1

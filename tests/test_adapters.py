@@ -5,6 +5,7 @@ import math
 import re
 from typing import Any
 
+import native_models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,27 +26,7 @@ KINDS = {
     "lora": LoRAConfig(rank=3, alpha=5.0),
     "dora": LoRAConfig(rank=3, alpha=5.0, dora=True),
 }
-TEXT: dict[str, Any] = {
-    "vocab_size": 340,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
-VISION: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-QWEN_VISION: dict[str, Any] = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_heads": 2,
-    "patch_size": 4,
-    "out_hidden_size": 32,
-}
-QWEN_VISION |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+COMPOSITES = ("embedding_gemma2", "qwen3_vl", "qwen3_omni_moe")
 
 
 class Holder(nn.Module):
@@ -54,57 +35,7 @@ class Holder(nn.Module):
     def __init__(self, family: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.backbone: Any = transformers.AutoModel.from_config(CONFIGS[family]())
-
-
-def gemma_config() -> Any:
-    text: dict[str, Any] = {
-        **TEXT,
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "global_head_dim": 16,
-    }
-    text |= {"hidden_size_per_layer_input": 8, "embedding_dim": 16, "num_global_key_value_heads": 1}
-    vision: dict[str, Any] = {**VISION, "num_key_value_heads": 2, "head_dim": 12, "patch_size": 2, "pooling_kernel_size": 3}
-    audio: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "subsampling_conv_channels": [16, 4],
-    }
-    return transformers.EmbeddingGemma2Config(
-        text_config=transformers.EmbeddingGemma2TextConfig(**text),
-        vision_config=transformers.Gemma4VisionConfig(**vision, position_embedding_size=128),
-        audio_config=transformers.Gemma4AudioConfig(**audio, output_proj_dims=24, conv_kernel_size=3),
-    )
-
-
-def qwen_config() -> Any:
-    return transformers.Qwen3VLConfig(text_config={**TEXT, "rope_parameters": ROPE}, vision_config=QWEN_VISION)
-
-
-def omni_config() -> Any:
-    text: dict[str, Any] = {
-        **TEXT,
-        "rope_parameters": ROPE,
-        "moe_intermediate_size": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-    }
-    audio: dict[str, Any] = {
-        "num_mel_bins": 16,
-        "encoder_layers": 1,
-        "encoder_attention_heads": 2,
-        "encoder_ffn_dim": 32,
-        "d_model": 32,
-    }
-    audio |= {"max_source_positions": 200, "output_dim": 32, "n_window": 50, "n_window_infer": 100, "downsample_hidden_size": 8}
-    config = transformers.Qwen3OmniMoeThinkerConfig(text_config=text, vision_config=QWEN_VISION, audio_config=audio)
-    config.vision_start_token_id = 5
-    return config
-
-
-CONFIGS = {"embedding_gemma2": gemma_config, "qwen3_vl": qwen_config, "qwen3_omni_moe": omni_config}
+        self.backbone: Any = transformers.AutoModel.from_config(native_models.FAMILIES[family].build()[0])
 
 
 @torch.no_grad()
@@ -148,29 +79,7 @@ def test_every_text_family_is_adapted_and_merged(family, kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", CONFIGS)
-def test_every_linear_layer_of_a_composite_is_adapted_and_merged(family, kind):
-    plain = Holder(family)
-    linear = {name for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
-    encoder = taught(copy.deepcopy(plain), KINDS[kind])
-    weights = merged(encoder.state_dict(), KINDS[kind])
-    assert {name: x.shape for name, x in weights.items()} == {name: x.shape for name, x in plain.state_dict().items()}
-    towers = {name for name in linear if "visual" in name or "tower" in name}
-    assert towers
-    assert linear - towers
-    for name in linear:
-        layer: Any = plain.get_submodule(name)
-        inputs = torch.randn(4, layer.in_features)
-        bias = None if layer.bias is None else weights[f"{name}.bias"]
-        expected = F.linear(inputs, weights[f"{name}.weight"], bias)
-        found = encoder.get_submodule(name)(inputs)
-        assert not torch.allclose(found, layer(inputs), atol=1e-3), name
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", COMPOSITES)
 def test_a_pattern_reaches_the_text_stack_of_a_composite_and_nothing_else(family):
     plain = Holder(family)
     ids = torch.arange(3, 20)[None]

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 from datamodules.sample import Item, Part
 from lightning_modules.encoder import checkpoint
+from lightning_modules.encoder.backbone import BackboneConfig
 from lightning_modules.encoder.checkpoint import (
     load_encoder,
     load_weights,
@@ -20,7 +21,6 @@ from lightning_modules.encoder.checkpoint import (
     read_weights,
     save_encoder,
 )
-from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig
 
 ITEM = Item((Part("text", "cat", content="cat"), Part("image", b"x", "png", content=np.zeros((64, 64, 3), np.uint8))))
@@ -107,7 +107,7 @@ def test_an_encoder_from_a_pretrained_text_model_stands_alone(family, processor,
     }
     source = AutoConfig.for_model(family, **sizes, **own[family], pad_token_id=0)
     AutoModel.from_config(source).save_pretrained(tmp_path / "hub")
-    made = Embedder(EncoderConfig(ComposedConfig(pretrained=str(tmp_path / "hub")), embedding_dim=8, prefixes=(8,))).eval()
+    made = Embedder(EncoderConfig(BackboneConfig(pretrained=str(tmp_path / "hub")), embedding_dim=8, prefixes=(8,))).eval()
     save_encoder(tmp_path / "encoder", made, processor, provenance={})
     shutil.rmtree(tmp_path / "hub")
     again, own_processor = load_encoder(tmp_path / "encoder")

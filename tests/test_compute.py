@@ -27,7 +27,7 @@ from datamodules.processors.inputs import Inputs
 from datamodules.processors.passes import packs_of, passes_of, split_into
 from datamodules.sample import Item, Part
 from lightning_modules.encoder import packing
-from lightning_modules.encoder.composed import ComposedConfig
+from lightning_modules.encoder.backbone import BackboneConfig
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig, probe
 from lightning_modules.sharded import shard, whole
 
@@ -55,7 +55,7 @@ def encoder_of(family: str = "qwen3", **fields) -> Embedder:
     known = AutoConfig.for_model(family)
     text = {name: value for name, value in TINY_TEXT.items() if hasattr(known, name)}
     text |= {**FAMILIES[family], **fields, "model_type": family}
-    encoder = Embedder(EncoderConfig(ComposedConfig(text=text), embedding_dim=16, prefixes=(16,))).eval()
+    encoder = Embedder(EncoderConfig(BackboneConfig(text=text), embedding_dim=16, prefixes=(16,))).eval()
     for parameter in encoder.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -234,7 +234,7 @@ def test_passes_are_the_cheapest_cut():
 
 
 def test_what_cannot_be_packed_is_padded_or_refused():
-    config = ComposedConfig(text=dict(TINY_TEXT), attention="eager")
+    config = BackboneConfig(text=dict(TINY_TEXT), attention="eager")
     eager = Embedder(EncoderConfig(config, embedding_dim=16, prefixes=(16,)))
     assert not eager.packed
     with pytest.raises(ValueError, match="attends by 'eager', which cannot be packed"):

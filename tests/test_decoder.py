@@ -10,7 +10,8 @@ from samples import TINY_TEXT
 from torch import Tensor
 
 from datamodules.processors.inputs import Inputs
-from lightning_modules.encoder.composed import ComposedBackbone, ComposedConfig, checkpoint_transformers
+from lightning_modules.encoder.backbone import BackboneConfig, checkpoint_transformers
+from lightning_modules.encoder.composed import ComposedBackbone
 from lightning_modules.encoder.decoder import FAMILIES, CrossAttention, Decoder
 
 SIZE = int(TINY_TEXT["vocab_size"])
@@ -27,7 +28,7 @@ def text_of(family: str) -> dict:
 def made(family: str) -> tuple[ComposedBackbone, Decoder]:
     """An encoder and its decoder with weights that are large enough to tell mistakes from rounding."""
     torch.manual_seed(0)
-    backbone = ComposedBackbone(ComposedConfig(text=text_of(family))).eval()
+    backbone = ComposedBackbone(BackboneConfig(text=text_of(family))).eval()
     spread(backbone)
     return backbone, Decoder(backbone.text)
 
@@ -186,7 +187,7 @@ def test_layers_that_run_again_have_the_same_gradients():
 
 
 def test_attention_dropout_reaches_cross_attention():
-    backbone = ComposedBackbone(ComposedConfig(text={**text_of("qwen3"), "attention_dropout": 0.5}))
+    backbone = ComposedBackbone(BackboneConfig(text={**text_of("qwen3"), "attention_dropout": 0.5}))
     for family in ("sdpa", "softcap"):
         cross = CrossAttention(backbone.text.layers[0].self_attn).train()
         cross.softcap = 5.0 if family == "softcap" else None
@@ -198,7 +199,7 @@ def test_attention_dropout_reaches_cross_attention():
 
 def test_what_is_no_decoder_is_refused():
     bert = {"model_type": "bert", "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    backbone = ComposedBackbone(ComposedConfig(text={**bert, "intermediate_size": 48}))
+    backbone = ComposedBackbone(BackboneConfig(text={**bert, "intermediate_size": 48}))
     with pytest.raises(
         ValueError, match=r"the text model is a bert, which is no decoder that can be adapted; name one of gemma,"
     ):

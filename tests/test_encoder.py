@@ -13,7 +13,8 @@ from datamodules.media.video import Film
 from datamodules.processors.inputs import Inputs
 from datamodules.sample import Item, Part
 from lightning_modules.encoder import towers
-from lightning_modules.encoder.composed import ComposedBackbone, ComposedConfig
+from lightning_modules.encoder.backbone import BackboneConfig
+from lightning_modules.encoder.composed import ComposedBackbone
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig, cut, probe
 from lightning_modules.encoder.towers import Tower, TowerConfig
 
@@ -89,7 +90,7 @@ def test_the_probe_passes_a_bidirectional_encoder_and_refuses_a_causal_one(tiny_
 @pytest.mark.parametrize("vocab_size", [13, 759, 320])
 def test_the_probe_knows_every_vocabulary(vocab_size):
     text = {**TINY_TEXT, "vocab_size": vocab_size}
-    probe(Embedder(EncoderConfig(ComposedConfig(text=text), embedding_dim=16, prefixes=(16,))))
+    probe(Embedder(EncoderConfig(BackboneConfig(text=text), embedding_dim=16, prefixes=(16,))))
 
 
 def test_the_probe_refuses_a_leak_from_padding(tiny_encoder, monkeypatch):
@@ -128,7 +129,7 @@ def test_prefixes_that_do_not_fit_are_refused(tiny_config, prefixes):
 def test_decoder_families_become_bidirectional(family):
     text = {**TINY_TEXT, "model_type": family}
     torch.manual_seed(0)
-    encoder = Embedder(EncoderConfig(ComposedConfig(text=text), embedding_dim=16, prefixes=(16,))).eval()
+    encoder = Embedder(EncoderConfig(BackboneConfig(text=text), embedding_dim=16, prefixes=(16,))).eval()
     with torch.no_grad():
         for parameter in encoder.parameters():
             if parameter.ndim > 1:
@@ -144,7 +145,7 @@ def test_a_pretrained_text_model_gives_its_masked_mean(tmp_path):
     )
     bert = transformers.BertModel(config, add_pooling_layer=False).eval()
     bert.save_pretrained(tmp_path)
-    backbone = ComposedBackbone(ComposedConfig(pretrained=str(tmp_path))).eval()
+    backbone = ComposedBackbone(BackboneConfig(pretrained=str(tmp_path))).eval()
     ids = torch.randint(1, 99, (3, 9))
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
@@ -159,7 +160,7 @@ def test_a_pretrained_model_in_bf16_becomes_an_fp32_encoder(tmp_path):
         vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
     )
     transformers.BertModel(config, add_pooling_layer=False).bfloat16().save_pretrained(tmp_path)
-    shape = EncoderConfig(ComposedConfig(pretrained=str(tmp_path)), embedding_dim=16, prefixes=(16,))
+    shape = EncoderConfig(BackboneConfig(pretrained=str(tmp_path)), embedding_dim=16, prefixes=(16,))
     for load_pretrained in (True, False):
         encoder = Embedder(shape, load_pretrained=load_pretrained)
         assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
@@ -227,7 +228,7 @@ def test_token_numbers_that_cannot_be_are_refused(tiny_config):
 
 
 def test_a_medium_without_a_tower_and_wrong_places_are_refused(processor, tiny_config):
-    deaf = Embedder(EncoderConfig(ComposedConfig(text=dict(TINY_TEXT)), embedding_dim=16, prefixes=(16,)))
+    deaf = Embedder(EncoderConfig(BackboneConfig(text=dict(TINY_TEXT)), embedding_dim=16, prefixes=(16,)))
     with pytest.raises(ValueError, match="no tower for audio; it takes text, code"):
         deaf(processor([ITEMS[2]]))
     inputs = processor([ITEMS[1]])
@@ -251,4 +252,4 @@ def test_a_medium_without_a_tower_and_wrong_places_are_refused(processor, tiny_c
 )
 def test_backbones_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        ComposedBackbone(ComposedConfig(**arguments))
+        ComposedBackbone(BackboneConfig(**arguments))

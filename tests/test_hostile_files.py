@@ -35,8 +35,8 @@ from datamodules.processors.tokenizer import train_tokenizer
 from datamodules.record import from_record
 from datamodules.shards import Split, write_split
 from lightning_modules.checkpoints import MAGIC, VerifiedCheckpointIO
+from lightning_modules.encoder.backbone import BackboneConfig
 from lightning_modules.encoder.checkpoint import load_encoder, save_encoder
-from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig
 from lightning_modules.encoder.towers import TowerConfig
 
@@ -438,7 +438,7 @@ def usual(folder: Path) -> None:
     """What a case finds in its folder: a split, an encoder."""
     write_split(folder / "split", pairs(5))
     picture = TowerConfig(arguments=dict(TINY_VIT), stem="conv")
-    backbone = ComposedConfig(text=dict(TINY_TEXT), towers={"picture": picture}, routes={"image": "picture"})
+    backbone = BackboneConfig(text=dict(TINY_TEXT), towers={"picture": picture}, routes={"image": "picture"})
     processor = ComposedProcessor(ProcessorConfig(vocab_size=300), train_tokenizer(TEXTS, 300))
     save_encoder(folder / "encoder", Embedder(EncoderConfig(backbone, 16, (4, 16))), processor, provenance={})
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 from native_models import FAMILIES, tokenizer_with, write_model
 from PIL import Image
+from samples import TINY_TEXT
 from test_train import run
 from torch._dynamo import config as dynamo_config
 from torch.nn.attention import flex_attention
@@ -25,9 +26,10 @@ from datamodules.processors.native import NativeProcessor
 from datamodules.processors.processor import Processor, ProcessorConfig
 from datamodules.sample import Item, Part
 from lightning_modules.adapters import LoRAConfig, inject, is_adapter, merged
+from lightning_modules.encoder.backbone import BackboneConfig
 from lightning_modules.encoder.checkpoint import load_encoder, save_encoder
-from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig, probe, require_cached_is_plain
+from lightning_modules.encoder.native import require_its_inputs
 from lightning_modules.objective.objective import Objective, ObjectiveConfig
 
 RANDOM = np.random.default_rng(0)
@@ -64,7 +66,7 @@ def folder(tmp_path_factory):
 
 def encoder_of(folder: Path, **fields: Any) -> Embedder:
     torch.manual_seed(0)
-    backbone = ComposedConfig(pretrained=str(folder), **fields)
+    backbone = BackboneConfig(pretrained=str(folder), **fields)
     return Embedder(EncoderConfig(backbone, embedding_dim=16, prefixes=(8, 16))).eval()
 
 
@@ -311,7 +313,7 @@ def test_what_cannot_be_gets_one_sentence(folder, tmp_path):
         encoder_of(gemma3)(processor_of(disagrees)([item(("image", PICTURES[0]))]))
 
     with pytest.raises(ValueError, match=r"takes media itself; leave out backbone.towers"):
-        Embedder(EncoderConfig(ComposedConfig(pretrained=str(gemma3), routes={}, towers={"a": _tower()}), 16, (16,)))
+        Embedder(EncoderConfig(BackboneConfig(pretrained=str(gemma3), routes={}, towers={"a": _tower()}), 16, (16,)))
     with pytest.raises(ValueError, match=r"no model can be read from .*nowhere"):
         encoder_of(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no processor can be loaded from"):
@@ -320,6 +322,28 @@ def test_what_cannot_be_gets_one_sentence(folder, tmp_path):
         encoder_of(gemma3)(encoder_of(gemma3).backbone.text_inputs([torch.full((2100,), 20)]))
     with pytest.raises(ValueError, match=r"max_text_tokens is 64; the text tower of .* takes 63"):
         new_processor(ProcessorConfig(native=str(folder("siglip")), max_text_tokens=64), None)
+
+
+def test_inputs_that_a_backbone_does_not_know_are_refused(folder, tmp_path):
+    native, plain = ProcessorConfig(native="somewhere"), ProcessorConfig(tokenizer="somewhere")
+    own, text = (
+        encoder_of(folder("gemma3")).backbone,
+        Embedder(EncoderConfig(BackboneConfig(text=TINY_TEXT), 16, (16,))).backbone,
+    )
+    for backbone, fitting, other in ((own, native, plain), (text, plain, native)):
+        require_its_inputs(backbone, fitting)
+        with pytest.raises(ValueError, match=r"data.processor.native is \w+, but the backbone is a"):
+            require_its_inputs(backbone, other)
+    text.text.save_pretrained(tmp_path)
+    pretrained = encoder_of(tmp_path).backbone
+    require_its_inputs(pretrained, plain)
+    with pytest.raises(ValueError, match=r"a new tokenizer's ids would mean other words to it; set data.processor.tokenizer="):
+        require_its_inputs(pretrained, ProcessorConfig())
+
+
+def _clip() -> dict[str, Any]:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return {"text_config": {**sizes, "vocab_size": 64}, "vision_config": {**sizes, "image_size": 16, "patch_size": 8}}
 
 
 def _tower() -> Any:
@@ -336,6 +360,8 @@ def test_a_stage_trains_a_pretrained_model_with_its_own_processor(folder, world,
     )
     small = ["model.encoder.embedding_dim=16", "model.encoder.prefixes=[8,16]", "trainer.max_steps=3", "data.num_workers=1"]
     small += [f"model.encoder.backbone.pretrained={folder('gemma3')}", f"trainer.default_root_dir={tmp_path}"]
+    shown = run("fit", "--config", str(stage), *small, "trainer.accelerator=cpu", "data.processor.native=null", ok=False)
+    assert "error: data.processor.native is None, but the backbone is a NativeBackbone; set it to" in shown
     run("fit", "--config", str(stage), *small, "trainer.accelerator=cpu")
     encoder, processor = load_encoder(tmp_path / "encoder")
     assert torch.isfinite(encoder(processor(items_of("gemma3")))).all()
@@ -354,9 +380,10 @@ def test_weights_in_half_precision_give_nearly_the_same_vectors(folder, family):
     assert near.min() > 0.995
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_change_nothing_at_first_learn_everywhere_and_merge(folder, family):
-    config = LoRAConfig(rank=2, dora=family == "gemma3")
+def test_adapters_change_nothing_at_first_learn_everywhere_and_merge(folder, family, dora):
+    config = LoRAConfig(rank=2, dora=dora)
     encoder, inputs = encoder_of(folder(family)), processor_of(folder(family))(items_of(family))
     before = encoder(inputs).detach()
     inject(encoder, config)

@@ -18,8 +18,8 @@ from trials import consumed, weights_hash
 
 from lightning_modules.checkpoints import VerifiedCheckpointIO
 from lightning_modules.ema import EMA, averaged
+from lightning_modules.encoder.backbone import BackboneConfig
 from lightning_modules.encoder.checkpoint import read_provenance, read_weights
-from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig
 from lightning_modules.encoder.towers import TowerConfig
 from lightning_modules.optimizer import OptimizerConfig, base_rate, factor_of, freeze, optimizer_of, warmup_cosine
@@ -61,7 +61,7 @@ class Trained(nn.Module):
         super().__init__()
         towers = {} if tower is None else {"picture": TOWERS[tower]}
         routes = {} if tower is None else {"image": "picture", "page": "picture"}
-        backbone = ComposedConfig(text=dict(text), towers=towers, routes=routes, tokens={"image": 1, "page": 1})
+        backbone = BackboneConfig(text=dict(text), towers=towers, routes=routes, tokens={"image": 1, "page": 1})
         torch.manual_seed(0)
         self.encoder = Embedder(EncoderConfig(backbone, embedding_dim=16, prefixes=(4, 16), hidden_dim=hidden_dim))
         self.log_temperature = nn.Parameter(torch.tensor(-3.0))

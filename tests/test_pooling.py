@@ -8,15 +8,15 @@ from samples import TINY_TEXT
 from torch import nn
 
 from datamodules.processors.inputs import Inputs
+from lightning_modules.encoder.backbone import BackboneConfig
 from lightning_modules.encoder.checkpoint import load_encoder, save_encoder
-from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig, probe, require_cached_is_plain
 from lightning_modules.encoder.pooling import AttentionPooling, pool, pooling_of
 from lightning_modules.optimizer import OptimizerConfig, freeze, part_of
 
 NAMES = ["mean", "last", "first", "attention", "weighted_mean"]
 LENGTHS = torch.tensor([3, 1, 4, 4, 2])
-SHAPE = EncoderConfig(ComposedConfig(text=dict(TINY_TEXT)), embedding_dim=16, prefixes=(4, 16))
+SHAPE = EncoderConfig(BackboneConfig(text=dict(TINY_TEXT)), embedding_dim=16, prefixes=(4, 16))
 
 
 def encoder_of(pooling="mean", **more) -> Embedder:
@@ -184,7 +184,7 @@ def test_a_learnt_pooling_has_the_rate_of_the_projection():
         ({"projection": False}, "embedding_dim is 16, the backbone's width 32; without a projection they must be equal"),
         ({"projection": False, "hidden_dim": 64}, "hidden_dim is 64 without a projection"),
         (
-            {"pooling": "attention", "backbone": ComposedConfig(text={**TINY_TEXT, "hidden_size": 30})},
+            {"pooling": "attention", "backbone": BackboneConfig(text={**TINY_TEXT, "hidden_size": 30})},
             "attention pooling has 4 heads, which do not divide the backbone's width 30",
         ),
     ],

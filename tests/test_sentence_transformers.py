@@ -19,8 +19,8 @@ from datamodules.files import sha256_of
 from datamodules.processors.loading import load_processor
 from datamodules.sample import Item, Part
 from lightning_modules.encoder import packing
+from lightning_modules.encoder.backbone import BackboneConfig
 from lightning_modules.encoder.checkpoint import load_encoder, read_config, read_provenance, read_weights, save_encoder
-from lightning_modules.encoder.composed import ComposedConfig
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, cut, probe
 from lightning_modules.soup import soup
 
@@ -153,7 +153,7 @@ def test_provenance_names_the_folder_its_weights_and_its_prompts(tmp_path, capsy
 
 def test_dropout_is_on_for_training_as_after_a_run_of_our_own(tmp_path):
     folder = folder_of(tmp_path, Pooling(32, "mean"))
-    named = replace(read_config(folder), backbone=ComposedConfig(pretrained=str(folder)))
+    named = replace(read_config(folder), backbone=BackboneConfig(pretrained=str(folder)))
     for encoder in (load_encoder(folder)[0], Embedder(named)):
         assert [name for name, module in encoder.named_modules() if not module.training] == []
         assert encoder.draws

@@ -85,7 +85,7 @@ class NativeProcessor(Processor):
         longest = getattr(self.native.feature_extractor, "chunk_length", None) or LONGEST_SOUND
         span = round(longest * SAMPLE_RATE)
         spans = [content[first : first + span] for first in range(0, max(1, len(content)), span)]
-        return [np.pad(piece, (0, max(0, self._whole(len(piece)) - len(piece)))) for piece in spans]
+        return [np.pad(piece, (0, self._whole(len(piece)) - len(piece))) for piece in spans]
 
     def _whole(self, num_samples: int) -> int:
         """Samples of a sound with the silence behind it.
@@ -151,7 +151,7 @@ class NativeProcessor(Processor):
 
 
 class DualProcessor(Processor):
-    """Of a model with a tower for text and one for pictures (SigLIP, CLIP): each part of an item is one place with its own row.
+    """Of a model with a tower for text and one for pictures (SigLIP): each part of an item is one place with its own row.
 
     A text is padded to the length that the text tower was trained with; of a film, each frame is a picture.
     """

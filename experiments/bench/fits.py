@@ -21,7 +21,7 @@ import torch
 from stream import CONSOLE, show  # puts the project on the path too
 
 from datamodules.processors.inputs import Inputs
-from lightning_modules.encoder.composed import ComposedConfig
+from lightning_modules.encoder.backbone import BackboneConfig
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig
 
 GIB = 2**30
@@ -82,7 +82,7 @@ def saved(shape: Shape, tokens: int = 64) -> float:
     """Bytes that autograd saves for each token of a text, without the weights; storages that are saved twice count once."""
     torch.manual_seed(0)
     width = shape.hidden
-    encoder = Embedder(EncoderConfig(ComposedConfig(text=shape.settings()), width, (width,))).train()
+    encoder = Embedder(EncoderConfig(BackboneConfig(text=shape.settings()), width, (width,))).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
     found: dict[int, int] = {}
     kept = []

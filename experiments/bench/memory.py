@@ -24,7 +24,7 @@ from loss import peak_bytes
 from stream import CONSOLE, numbers, show
 
 from datamodules.processors.inputs import Inputs
-from lightning_modules.encoder.composed import ComposedConfig
+from lightning_modules.encoder.backbone import BackboneConfig
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, EncoderConfig
 from lightning_modules.objective.objective import Objective, ObjectiveConfig
 
@@ -51,7 +51,7 @@ def measure(way: str, batch_size: int, tokens: int) -> dict[str, float]:
     """MiB and seconds of a step; the first one, of a small batch, makes the gradients' memory."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    encoder = Embedder(EncoderConfig(ComposedConfig(text=BERT), PREFIXES[-1], PREFIXES)).train()
+    encoder = Embedder(EncoderConfig(BackboneConfig(text=BERT), PREFIXES[-1], PREFIXES)).train()
     encoder.use(ComputeConfig(max_tokens=None if way == "whole" else tokens, checkpoint_layers="layers" in way))
     objective = Objective(ObjectiveConfig(), prefixes=PREFIXES, embedding_dim=PREFIXES[-1])
 

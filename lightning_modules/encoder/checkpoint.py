@@ -18,7 +18,7 @@ from datamodules.processors.loading import load_processor
 from datamodules.processors.processor import Processor
 from datamodules.processors.sentence_transformers import is_sentence_transformers
 from datamodules.record import read_json
-from lightning_modules.encoder.composed import ComposedConfig
+from lightning_modules.encoder.backbone import BackboneConfig
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig, leaves
 from lightning_modules.encoder.sentence_transformers import load_sentence_transformers, provenance_of
 from lightning_modules.encoder.towers import TowerConfig
@@ -185,7 +185,7 @@ def config_from_json(values: dict[str, Any]) -> EncoderConfig:
     """An `EncoderConfig` from what `dataclasses.asdict` and JSON made of it."""
     fields = dict(values["backbone"])
     fields["towers"] = {name: TowerConfig(**tower) for name, tower in fields["towers"].items()}
-    return EncoderConfig(**{**values, "backbone": ComposedConfig(**fields), "prefixes": tuple(values["prefixes"])})
+    return EncoderConfig(**{**values, "backbone": BackboneConfig(**fields), "prefixes": tuple(values["prefixes"])})
 
 
 def _described(folder: Path) -> dict[str, Any]:

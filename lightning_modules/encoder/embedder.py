@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.processors.inputs import Inputs
 from datamodules.processors.passes import PASS_COST, packs_of, passes_of, split_into
 from kernels.contrastive import check_prefixes
-from lightning_modules.encoder.composed import ComposedConfig
+from lightning_modules.encoder.backbone import BackboneConfig
 from lightning_modules.encoder.native import build_backbone
 from lightning_modules.encoder.pooling import PoolingName, pool, pooling_of
 from lightning_modules.sharded import is_sharded, largest_of_ranks, whole
@@ -35,7 +35,7 @@ class EncoderConfig:
         projection: False leaves the projection out: the vector is what pooling gives, of the backbone's width.
     """
 
-    backbone: ComposedConfig
+    backbone: BackboneConfig
     embedding_dim: int
     prefixes: tuple[int, ...]
     hidden_dim: int | None = None

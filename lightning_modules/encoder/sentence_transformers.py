@@ -26,7 +26,7 @@ from datamodules.processors.sentence_transformers import (
     text_module,
 )
 from datamodules.sample import Item, Part
-from lightning_modules.encoder.composed import ComposedConfig, text_fields
+from lightning_modules.encoder.backbone import BackboneConfig, text_fields
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig
 from lightning_modules.encoder.pooling import PoolingName
 
@@ -55,7 +55,7 @@ def load_sentence_transformers(folder: str | Path) -> tuple[Embedder, Processor]
     weights = {f"projection.{n}.weight": _dense_weight(folder, m) for n, m in enumerate(m for m in rest if m.name == "Dense")}
     widths = [plain.config.hidden_size, *(weight.shape[0] for weight in weights.values())]
     config = EncoderConfig(
-        ComposedConfig(text=text_fields(plain.config)),
+        BackboneConfig(text=text_fields(plain.config)),
         embedding_dim=widths[-1],
         prefixes=(widths[-1],),
         hidden_dim=widths[1] if len(widths) == 3 else None,
