@@ -270,8 +270,12 @@ def test_seventy_thousand_fields_are_refused(tmp_path):
 
 
 def test_pax_headers_cost_time_in_proportion(tmp_path):
-    header = member(b"p", b"7 uid=\n" * 9362, b"x")
-    (tmp_path / "a.tar").write_bytes(b"".join(header + member(b"%d.txt" % n, b"") for n in range(40)) + END)
-    began = time.process_time()
-    index_tar(tmp_path / "a.tar")
-    assert time.process_time() - began < 0.5
+    def seconds(name: str, num_headers: int, num_records: int) -> float:
+        header = member(b"p", b"7 uid=\n" * num_records, b"x")
+        (tmp_path / name).write_bytes(b"".join(header + member(b"%d.txt" % n, b"") for n in range(num_headers)) + END)
+        began = time.process_time()
+        index_tar(tmp_path / name)
+        return time.process_time() - began
+
+    longer, shorter = zip(*((seconds("a.tar", 10, 9360), seconds("b.tar", 80, 1170)) for _ in range(5)), strict=True)
+    assert min(longer) < 1.5 * min(shorter)  # as many records; copying what is left at each takes twice as long
