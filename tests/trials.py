@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from samples import TINY
@@ -38,6 +40,7 @@ class Zygote:
     def __init__(self, world: Path) -> None:
         self.world = world
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # no name of this machine is looked up
         environment.pop("TRITON_INTERPRET", None)
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "zygote.py")],
@@ -91,8 +94,11 @@ class Run:
             os.kill(self.pids[rank], stop)
 
     def kill(self) -> None:
-        for group in filter(alive, self.pids):
-            os.killpg(group, signal.SIGKILL)
+        """End it, after each rank has written to its log where it stands."""
+        for stop in (signal.SIGABRT, signal.SIGKILL):
+            for group in filter(alive, self.pids):
+                os.killpg(group, stop)
+            time.sleep(1.0)
 
     def wait(self) -> list[int]:
         """Exit statuses, once all have ended; nothing of the run may be left two seconds later, and none may hang."""
@@ -154,6 +160,12 @@ def weights_hash(out: Path) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """A port that nobody listens at, below those that connections get by themselves.
+
+    A rank that asks for a port of those before the other listens there can be connected to itself, and wait for ever.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port was found")

@@ -8,6 +8,7 @@ Each run is `train.py`'s own, in a process group of its own; what it trains on i
 `SLOW_SAVE` holds seconds that a checkpoint waits before it is flushed, for the trials of kills while it is written.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ import train
 from lightning_modules.stage import Stage
 
 torch.set_num_threads(1)
+faulthandler.enable()  # a run that hangs is ended by SIGABRT, and says where it stood
 
 
 def record(stage: Stage, batch: Any) -> None:
