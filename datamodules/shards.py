@@ -8,6 +8,7 @@ A split is written beside its place and renamed into it, so that a half-written 
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -79,22 +80,40 @@ def is_written(folder: str | Path, about: Mapping[str, Any]) -> bool:
 
 def _write_tars(folder: Path, examples: Iterable[Example], examples_per_shard: int) -> int:
     keys: set[str] = set()
-    writer = None
+    examples = iter(examples)
+    numbers = itertools.count()
+    while write_tar(folder / f"{next(numbers):06d}.tar", itertools.islice(examples, examples_per_shard), keys):
+        pass
+    return len(keys)
+
+
+def write_tar(path: Path, examples: Iterable[Example], keys: set[str] | None = None) -> int:
+    """Write a tar, or nothing where no example comes.
+
+    Args:
+        path: Its file.
+        examples: What it holds, in order.
+        keys: Those that may not come again; what is written adds its own.
+
+    Returns:
+        The number of examples written.
+
+    Raises:
+        ValueError: A key came twice or cannot be a file's name.
+    """
+    keys, writer = set() if keys is None else keys, None
+    num_before = len(keys)
     try:
-        for number, example in enumerate(examples):
+        for example in examples:
             if example.key in keys:
                 raise ValueError(f"the key {example.key!r} came twice; keys must be unique within a split")
             keys.add(example.key)
-            if number % examples_per_shard == 0:
-                if writer is not None:
-                    writer.close()
-                writer = TarWriter(str(folder / f"{number // examples_per_shard:06d}.tar"), mtime=0)
-            assert writer is not None
+            writer = writer or TarWriter(str(path), mtime=0)
             writer.write(to_record(example))
     finally:
         if writer is not None:
             writer.close()
-    return len(keys)
+    return len(keys) - num_before
 
 
 class Split:

@@ -1,0 +1,1 @@
+"""Large language models behind one interface: what they are asked, and what they answer."""
