@@ -96,9 +96,14 @@ class Job:
             told = "; ".join(f"{key} was {begun.get(key)!r:.99}, now {self.made_by.get(key)!r:.99}" for key in changed)
             raise ValueError(f"{self.out} was begun otherwise: {told}. Give another folder as out, or delete that one")
 
+    @property
+    def own_blocks(self) -> range:
+        """The blocks of this task, done or not."""
+        return range(self.task.index, self.num_blocks, self.task.size)
+
     def blocks(self, console: Console) -> Iterator[int]:
         """The blocks that are to be done here, with a progress bar."""
-        own = range(self.task.index, self.num_blocks, self.task.size)
+        own = self.own_blocks
         missing = [block for block in own if not self.is_done(block)]
         if len(missing) < len(own):
             console.print(f"{len(own) - len(missing)} of {len(own)} blocks had been done and are left as they are")

@@ -9,6 +9,8 @@ from typing import Any
 
 from datamodules.curation.prompts import Message
 
+MALFORMED = "malformed answer"  # an error that need not come again, unlike all others
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -73,7 +75,7 @@ class Answer:
         input_tokens: Tokens read.
         output_tokens: Tokens written.
         model: What the backend says has answered.
-        error: Why this request has no answer and will never have one ("longer than the context", "cut off", ..), or None.
+        error: Why this request has no answer ("longer than the context", "cut off", `MALFORMED`, ..), or None.
     """
 
     text: str = ""
