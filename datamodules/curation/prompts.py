@@ -161,7 +161,8 @@ def _checked(name: str, sha256: str, found: Any) -> Prompt:
     draws = {draw: tuple(map(str, values)) for draw, values in found.pop("draws", {}).items()}
     if not all(draws.values()):
         raise ValueError("a draw has no values to draw from")
-    prompt = Prompt(name, sha256, draws=draws, shots=tuple(found.pop("shots", ())), **found)
+    user, shots = found.pop("user").rstrip("\n"), tuple(found.pop("shots", ()))  # what is scored follows its last character
+    prompt = Prompt(name, sha256, user, draws=draws, shots=shots, **found)
     if prompt.schema is not None:
         Draft202012Validator.check_schema(prompt.schema)
     if unknown := prompt.checks.keys() - CHECKS.keys():
