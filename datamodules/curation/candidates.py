@@ -88,10 +88,8 @@ def fused(candidates: Sequence[Candidate], rankings: Sequence[str]) -> list[floa
     ranks = []
     for name in rankings or ("cosine",):
         if any(candidate.get(name) is None for candidate in candidates):
-            known = sorted({key for candidate in candidates for key in candidate} - {"position", "key", "is_target"})
-            raise ValueError(
-                f"a candidate has no {name!r} to be ranked by; it has {', '.join(known)}: rate them with conf=rate"
-            )
+            known = ", ".join(sorted({key for one in candidates for key in one} - {"position", "key", "is_target"}))
+            raise ValueError(f"a candidate has no {name!r} to be ranked by, but {known}; rate them with conf=rate_candidates")
         order = sorted(range(len(candidates)), key=lambda n: -candidates[n][name])
         rank = [0] * len(candidates)
         for place, n in enumerate(order, 1):
