@@ -144,7 +144,8 @@ class Server(LLM):
 
         ask = self._chat if request.continuation is None else self._likelihood
         num_tokens = estimated_tokens(request) + (request.sampling.max_tokens if request.continuation is None else 0)
-        for attempt in range(MALFORMED_RETRIES + 1):
+        attempt = 0
+        while True:
             await pace.turn(num_tokens)
             try:
                 answer = await ask(request, client)
@@ -163,16 +164,18 @@ class Server(LLM):
                 )
             except openai.APIConnectionError as error:
                 met = _shown(str(error.__cause__) or type(error.__cause__).__name__, client)
-                if "message body" not in met:  # which would be an answer that breaks off
+                if "message body" not in met:
                     why = f"nothing in {self.timeout:g} s" if isinstance(error, openai.APITimeoutError) else met
                     raise OSError(f"the server at {self.base_url} does not answer ({why}); {ADVICE}") from None
+                attempt = MALFORMED_RETRIES  # an answer that breaks off has been asked for again by the client
             except MalformedError as error:
                 met = _shown(str(error), client)
             logger.warning("%s of %r at %s: %s", MALFORMED, self.model, self.base_url, met)
-            if attempt < MALFORMED_RETRIES:
-                await asyncio.sleep(FIRST_PAUSE * 2**attempt)
-        num_read = (MALFORMED_RETRIES + 1) * estimated_tokens(request)
-        return Answer(model=self.model, input_tokens=num_read, error=MALFORMED)
+            if attempt == MALFORMED_RETRIES:
+                num_read = (attempt + 1) * estimated_tokens(request)  # each attempt may have been paid for
+                return Answer(model=self.model, input_tokens=num_read, error=MALFORMED)
+            await asyncio.sleep(FIRST_PAUSE * 2**attempt)
+            attempt += 1
 
     async def _chat(self, request: Request, client: "openai.AsyncOpenAI") -> Answer:
         body = chat_body(request, self.model, constrain=self.constrain)
