@@ -4,7 +4,8 @@
         llm = Server("a-model", server.base_url)
 
 GET /v1/models names `MODELS`; POST /v1/chat/completions and /v1/completions ask the script, and `Reply()` is a good answer to
-both: a chat's text, or `echo` of the prompt with likelihoods. Where the environment names a proxy, NO_PROXY must name 127.0.0.1.
+both: a chat's text, or `echo` of the prompt with likelihoods. Where the environment names a proxy, NO_PROXY must name
+127.0.0.1.
 """
 
 import json
@@ -50,7 +51,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A request as it came in; `time` is in monotonic seconds."""
+    """A request as it came in; names of headers are in small letters, `time` is in monotonic seconds."""
 
     path: str
     body: dict[str, Any]
@@ -190,9 +191,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        headers = {name.lower(): value for name, value in self.headers.items()}
         with self.owner.lock:
             number = len(self.owner.requests)
-            self.owner.requests.append(Recorded(self.path, body, dict(self.headers), time.monotonic()))
+            self.owner.requests.append(Recorded(self.path, body, headers, time.monotonic()))
         makers = {"/v1/chat/completions": chat, "/v1/completions": lambda body, reply: echo(body)}
         reply = self.owner.script(body, number)
         reply = Reply(text=reply) if isinstance(reply, str) else reply
