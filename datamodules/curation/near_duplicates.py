@@ -58,7 +58,7 @@ def fingerprint(items: Sequence[Item | None]) -> np.ndarray:
         minima[number] = signature(_set_of(item))
     minima = _mix(minima)
     rows["signature"] = minima >> 48
-    rows["bands"] = _combine(minima.reshape(len(items), NUM_BANDS, -1))
+    rows["bands"] = _combine(minima.reshape(-1, NUM_BANDS, NUM_PERMUTATIONS // NUM_BANDS))
     return rows
 
 
@@ -68,7 +68,7 @@ def near_pairs(rows: np.ndarray, *, threshold: float = THRESHOLD) -> np.ndarray:
     Rows are judged in order, and dropped when near to a row that was kept: near is not passed on, so a chain of small changes
     is not dropped as a whole, and what follows a row does not change what becomes of it. Rows of equal sets count as one; each
     other is compared, in every band, with the first `MAX_COMPARED` of its bucket. A pair is missed when no band joins it, or
-    when in all bands that do as many others stand before it. Memory: about 100 bytes a row, and 8 for each near pair found.
+    when as many others stand before it in all that do. Memory: 50 to 300 bytes a row, the more the more pairs are near.
 
     Args:
         rows: (N,) of `FINGERPRINT`, or (N, C), near where each of the columns is: a record's query and target, of which many
