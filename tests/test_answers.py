@@ -104,12 +104,19 @@ def test_what_was_answered_before_the_llm_died_is_kept(tmp_path):
     assert len(again.asked) == 2
 
 
-def test_errors_are_kept_but_those_that_need_not_come_again(tmp_path):
-    for error, times in (("longer than the context", 1), (MALFORMED, 2)):
-        llm = Scripted(lambda asked, error=error: Answer(error=error), name=error)
-        for _ in range(2):
-            assert ask(tmp_path / error[:3], llm, "a")[0].error == error
-        assert len(llm.asked) == times
+@pytest.mark.parametrize(
+    ("error", "tokens", "times"), [("cut off", 7, 1), ("longer than the context", 0, 2), (MALFORMED, 7, 2)]
+)
+def test_errors_are_kept_when_they_cost_something_and_would_come_again(tmp_path, error, tokens, times):
+    llm = Scripted(lambda asked: Answer(error=error, input_tokens=tokens))
+    for _ in range(2):
+        assert ask(tmp_path, llm, "a")[0].error == error
+    assert len(llm.asked) == times
+
+
+def test_an_error_that_no_model_answered_is_no_other_model(tmp_path):
+    assert ask(tmp_path, Scripted(lambda asked: Answer(error="e", input_tokens=1), model=""), "a")[0].error == "e"
+    assert [answer.error for answer in ask(tmp_path, Scripted(echo), "ab")] == ["e", None]
 
 
 def test_a_block_belongs_to_one_process(tmp_path):

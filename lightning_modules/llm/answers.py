@@ -136,6 +136,8 @@ class Answers:
 
     def check_model(self, answer: Answer) -> None:
         """Raises ValueError when another model answers than the one that answered first."""
+        if not answer.model:  # no model was reached
+            return
         with suppress(FileExistsError), self._answered_by.open("x") as file:
             file.write(answer.model)
         first = self._answered_by.read_text()
@@ -179,7 +181,7 @@ class BlockAnswers:
         for number, answer in self._answers.llm.answers(affordable()):
             spending.settle(missing[order[number]])
             spending.add(answer)
-            if answer.error == MALFORMED:  # may be another time
+            if answer.error == MALFORMED or (answer.error and not answer.input_tokens + answer.output_tokens):
                 unkept[order[number]] = answer
             else:
                 self._answers.check_model(answer)

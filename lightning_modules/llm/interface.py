@@ -9,7 +9,7 @@ from typing import Any
 
 from datamodules.curation.prompts import Message
 
-MALFORMED = "malformed answer"  # an error that need not come again, unlike all others
+MALFORMED = "malformed answer"  # the one error that may be gone when the same is asked again
 
 
 @dataclass(frozen=True)

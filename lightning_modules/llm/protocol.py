@@ -17,7 +17,6 @@ MIME = {
     **{"mp4": "video/mp4", "webm": "video/webm"},
 }
 MEDIA_TOKENS = 1000  # of an image, a page, a sound or a film, as long as the server has not counted; our choice
-MALFORMED = "malformed answer"
 
 
 class MalformedError(Exception):

@@ -17,9 +17,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from lightning_modules.llm.interface import LLM, Answer, Request
+from lightning_modules.llm.interface import LLM, MALFORMED, Answer, Request
 from lightning_modules.llm.protocol import (
-    MALFORMED,
     MalformedError,
     UntakenError,
     chat_body,
