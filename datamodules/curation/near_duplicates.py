@@ -224,7 +224,7 @@ def _pairs_of_band(rows: np.ndarray, positions: np.ndarray, band: int, threshold
 
 @lru_cache(maxsize=2**16)
 def _hash(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
 @lru_cache(maxsize=8)
