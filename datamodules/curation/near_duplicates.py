@@ -166,7 +166,7 @@ def signature(shingles: np.ndarray, *, num_permutations: int = NUM_PERMUTATIONS,
 
 def similarity(rows: np.ndarray, at: np.ndarray, others: np.ndarray, other_at: np.ndarray) -> np.ndarray:
     """Estimated Jaccard similarity (P,) of rows and others at positions (P,) each: of columns the smallest."""
-    found = np.empty(len(at))
+    found = np.zeros(len(at))
     for i in range(0, len(at), BLOCK):
         block = slice(i, i + BLOCK)
         agree = rows["signature"][at[block]] == others["signature"][other_at[block]]
