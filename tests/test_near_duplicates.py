@@ -190,6 +190,11 @@ def test_scripts_without_spaces_are_cut_into_letters(alphabet):
     assert not are_near(text, other)
 
 
+def test_a_few_letters_of_another_script_leave_a_text_its_words():
+    text = f"{' '.join(f'word{number}' for number in range(57))} 你好 吗"
+    assert jaccard(shingle_set(text), shingle_set(text.replace("word30", "other"))) == 59 / 65  # of 60 words, in runs of 3
+
+
 def test_a_german_text_is_found_with_one_word_changed():
     text = """Die Straße führt über den Fluss und weiter in die Berge, wo im Frühling die Wiesen blühen; kein Mensch wohnt dort,
         nur ein alter Hirte zieht mit seinen Schafen von einem Tal in das andere und zählt die Tage bis zum ersten Schnee."""
@@ -237,6 +242,7 @@ def test_a_record_is_near_where_every_column_is():
     rows = np.stack([rows_of(*queries), fingerprint(targets)], 1)
     assert near_pairs(rows).tolist() == [0, 1, 0, 1, 4, 5, 6]
     assert near_pairs(np.concatenate([rows, rows])).tolist() == [0, 1, 0, 1, 4, 5, 6] * 2
+    assert similarity(rows, np.array([0, 0]), rows, np.array([1, 4])).max() < 0.1  # one column is the same
     assert near_pairs(rows[:, :1]).tolist() == [0, 1, 0, 1, 0, 0, 0]
 
 
@@ -363,6 +369,23 @@ def test_overlaps_are_equal_or_near():
     assert np.concatenate([overlaps(rows[:50], judged), overlaps(rows[50:], judged)]).tolist() == expected
 
 
+def test_rows_that_share_a_band_and_little_more_are_no_overlaps():
+    rng = np.random.default_rng(14)
+    texts = [text_of(rng, 100) for _ in range(150)]
+    rows, judged = rows_of(*(edited(rng, text, 1 + number % 8) for number, text in enumerate(texts))), rows_of(*texts)
+    share_a_band = (rows["bands"] == judged["bands"]).any(1)
+    near = similarity(rows, np.arange(150), judged, np.arange(150)) >= 0.8
+    assert (share_a_band & ~near).sum() > 20
+    assert overlaps(rows, judged).tolist() == (share_a_band & near).tolist()
+
+
+def test_equals_are_found_however_full_their_buckets(monkeypatch):
+    monkeypatch.setattr(near_duplicates, "MAX_COMPARED", 0)
+    rows = rows_of("a b", "A b", "c")
+    assert near_pairs(rows).tolist() == [0, 0, 2]
+    assert overlaps(rows, rows[:1]).tolist() == [True, False, False]
+
+
 def test_an_overlap_of_media_needs_every_byte():
     data = bytes(range(256))
     judged = fingerprint([media_item(kind, data, "x") for kind in ("image", "audio", "video", "page")])
@@ -386,7 +409,10 @@ def test_blocks_do_not_change_what_is_found(monkeypatch):
     texts = [text_of(rng, 60) for _ in range(30)]
     texts += [edited(rng, text, 1) for text in texts]
     rows = rows_of(*texts)
+    at = np.arange(60)
+    expected = similarity(rows, at, rows, at % 30)
     monkeypatch.setattr(near_duplicates, "BLOCK", 7)
+    assert np.array_equal(similarity(rows, at, rows, at % 30), expected)
     assert np.array_equal(rows_of(*texts), rows)
     assert near_pairs(rows).tolist() == [*range(30)] * 2
 

@@ -166,7 +166,7 @@ def signature(shingles: np.ndarray, *, num_permutations: int = NUM_PERMUTATIONS,
 
 def similarity(rows: np.ndarray, at: np.ndarray, others: np.ndarray, other_at: np.ndarray) -> np.ndarray:
     """Estimated Jaccard similarity (P,) of rows and others at positions (P,) each: of columns the smallest."""
-    found = np.empty(len(at))
+    found = np.zeros(len(at))
     for i in range(0, len(at), BLOCK):
         block = slice(i, i + BLOCK)
         agree = rows["signature"][at[block]] == others["signature"][other_at[block]]
@@ -224,7 +224,7 @@ def _pairs_of_band(rows: np.ndarray, positions: np.ndarray, band: int, threshold
 
 @lru_cache(maxsize=2**16)
 def _hash(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
 @lru_cache(maxsize=8)
