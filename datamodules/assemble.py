@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from datamodules.curation.candidates import Candidate, Selection, candidates_of, select
+from datamodules.curation.candidates import Candidate, Selected, Selection, candidates_of, select
 from datamodules.curation.card import counted, write_card
 from datamodules.curation.near_duplicates import FINGERPRINT, THRESHOLD, fingerprint, near_pairs, overlaps
 from datamodules.job import Aside, Job, array_task
@@ -54,7 +54,8 @@ def assemble(
         classes: For records with a label: `label` makes it the target, `text` another text of the class; a hard negative is
             another label or a text of another class. None leaves records as they are.
         near: Jaccard similarity from which texts count as the same, 0.7 to 1; None compares whole contents alone.
-        judged: Folders of splits, of benchmarks, with none of whose texts and media a record may share one.
+        judged: Folders of splits, of benchmarks, with none of whose queries and targets a record may share one; labels do not
+            count.
         licence: Goes into the card; None takes what the source says.
         block_size: Records of a block: held in memory, written as one shard, shared out to the tasks of an array.
         array_index: Which task this is, from 0; None takes Slurm's, or does all.
@@ -106,7 +107,7 @@ def _fingerprints(job: Job, records: Split, benchmarks: np.ndarray, near: float 
             try:
                 example = records.read(position)
                 rows["label"][row] = 0 if example.label is None else content_id_of_label(example.label)
-                items += [example.query, example.target]
+                items += [example.query, example.target if example.label is None else None]
             except BadExampleError:
                 rows["bad"][row] = True
                 items += [None, None]
@@ -133,7 +134,7 @@ def _benchmarks(folders: Sequence[str], console: Console) -> np.ndarray:
         split = Split(folder)
         for position in track(range(len(split)), f"reading {folder}", console=console, transient=True):
             example = split.read(position)
-            items += [item for item in (example.query, example.target) if item is not None]
+            items += [item for item in (example.query, None if example.label else example.target) if item is not None]
     return fingerprint(items)
 
 
@@ -147,10 +148,10 @@ class _Whole:
     """What only all records together tell: what comes twice, and which records are of a class."""
 
     def __init__(self, job: Job, near: float | None, classes: str | None) -> None:
-        pieces = [np.load(_file(job, block), mmap_mode="r", allow_pickle=False) for block in range(job.num_blocks)]
+        blocks = [np.load(_file(job, block), mmap_mode="r", allow_pickle=False) for block in range(job.num_blocks)]
         rows = np.lib.format.open_memmap(job.out / f".rows.{os.getpid()}", "w+", RECORD, (job.num_records,))
         try:
-            for block, piece in enumerate(pieces):
+            for block, piece in enumerate(blocks):
                 if piece.dtype != RECORD or len(piece) != len(job.positions(block)):
                     raise ValueError(f"{_file(job, block)} is damaged; delete it, and it is made again")
                 rows[job.positions(block).start : job.positions(block).stop] = piece
@@ -166,7 +167,8 @@ class _Whole:
         usable = np.flatnonzero(~self.bad & ~self.judged & (self.near == np.arange(len(self.near))) & (self.labels != 0))
         order = usable[np.argsort(self.labels[usable], kind="stable")]
         self.names, first = np.unique(self.labels[order], return_index=True)
-        self.classes = dict(zip(self.names.tolist(), np.split(order, first[1:]), strict=True)) if classes else {}
+        pieces = np.split(order, first[1:]) if classes and len(first) else []
+        self.classes = dict(zip(self.names.tolist(), pieces, strict=False))
 
 
 def _firsts(contents: np.ndarray) -> np.ndarray:
@@ -191,6 +193,7 @@ class _Block:
 
     def write(self) -> None:
         counts, aside, examples = Counter[str](), list[Aside](), list[Example]()
+        kept: dict[int, Example] = {}
         for position in self.job.positions(self.number):
             counts["records"] += 1
             cause = self._left_out(position)
@@ -198,9 +201,10 @@ class _Block:
                 aside.append(Aside(key_of(self.records.key(position)), cause))
                 continue
             example = self.records.read(position)
-            example = dataclasses.replace(example, key=key_of(example.key))
-            if self.corpus is not None:
-                example = self._selected(example, counts)
+            kept[position] = dataclasses.replace(example, key=key_of(example.key))
+        if self.corpus is not None:
+            kept = self._selected(kept, counts)
+        for position, example in kept.items():
             if self.classes is not None:
                 example = self._classified(example, position)
             if example.query is None or (example.target is None and example.label is None):
@@ -222,34 +226,39 @@ class _Block:
             return "duplicate"
         return "near duplicate" if self.whole.near[position] != position else None
 
-    def _selected(self, example: Example, counts: Counter[str]) -> Example:
-        """The example with the positive and the hard negatives that were chosen, apart from benchmarks too."""
-        chosen = select(example, candidates_of(example), self.selection)
+    def _selected(self, kept: dict[int, Example], counts: Counter[str]) -> dict[int, Example]:
+        """The examples with the positives and hard negatives that were chosen, apart from benchmarks too."""
+        chosen = {at: select(example, candidates_of(example), self.selection) for at, example in kept.items()}
+        named = [one for found in chosen.values() for one in (found.positive, *found.negatives) if one is not None]
+        items = {int(one["position"]): self._read(one) for one in named}
+        judged = dict(zip(items, _overlaps(fingerprint(list(items.values())), self.benchmarks, self.near), strict=True))
+        return {at: self._with(example, chosen[at], items, judged, counts) for at, example in kept.items()}
+
+    def _with(
+        self, example: Example, chosen: Selected, items: dict[int, Item], judged: dict[int, Any], counts: Counter[str]
+    ) -> Example:
         counts.update({f"candidates left out: {cause}": number for cause, number in chosen.left_out.items()})
-        target = None if chosen.positive is None else self._read(chosen.positive)
-        if target is not None and self._is_judged(target):
+        provenance: dict[str, Any] = dict((example.meta or {}).get("provenance") or {})
+        target = example.target
+        if chosen.positive is not None and judged[chosen.positive["position"]]:
             counts["positives left out: in a benchmark"] += 1
-            target = None
-        counts["positives that are not the seed"] += target is not None
-        taken = target or example.target
+        elif chosen.positive is not None:
+            counts["positives that are not the seed"] += 1
+            target, provenance["target"] = items[chosen.positive["position"]], self._origin(chosen.positive)
         negatives, origins = [], []
         for candidate in chosen.negatives:
-            item = self._read(candidate)
-            if item.content_id == (taken and taken.content_id):
+            item = items[candidate["position"]]
+            if target is not None and item.content_id == target.content_id:
                 counts["candidates left out: equal to the positive"] += 1
-            elif self._is_judged(item):
+            elif judged[candidate["position"]]:
                 counts["candidates left out: in a benchmark"] += 1
             else:
                 negatives.append(item)
                 origins.append(self._origin(candidate))
-        provenance: dict[str, Any] = dict((example.meta or {}).get("provenance") or {})
-        if target is not None:
-            assert chosen.positive is not None
-            provenance["target"] = self._origin(chosen.positive)
         if origins:
             provenance["negatives"] = origins
         meta = {**(example.meta or {}), "provenance": provenance}
-        return dataclasses.replace(example, target=taken, negatives=tuple(negatives), meta=meta)
+        return dataclasses.replace(example, target=target, negatives=tuple(negatives), meta=meta)
 
     def _classified(self, example: Example, position: int) -> Example:
         """The example with its label or another text of its class as target, and one of another class as hard negative."""
@@ -281,9 +290,6 @@ class _Block:
         if key_of(found.key) != key_of(candidate["key"]) or found.target is None:
             raise ValueError(f"{self.corpus.folder} is not the split that candidate {candidate['key']!r} was mined from")
         return found.target
-
-    def _is_judged(self, item: Item) -> bool:
-        return bool(len(self.benchmarks) and _overlaps(fingerprint([item]), self.benchmarks, self.near)[0])
 
     def _origin(self, candidate: Candidate) -> dict[str, Any]:
         scores = {name: value for name, value in candidate.items() if name not in ("position", "is_target")}
