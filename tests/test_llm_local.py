@@ -18,7 +18,7 @@ from datamodules.curation.prompts import Message
 from datamodules.processors.tokenizer import train_tokenizer
 from datamodules.sample import Part
 from lightning_modules.llm.interface import Answer, Request, Sampling
-from lightning_modules.llm.local import Local, _ids, drawn
+from lightning_modules.llm.local import Local, _ids, _uniform, drawn
 
 SIZES = {**TINY_TEXT, "max_position_embeddings": 96, "bos_token_id": None, "eos_token_id": 1, "tie_word_embeddings": False}
 FAMILIES = {
@@ -134,6 +134,12 @@ def test_a_drawn_answer_depends_on_its_request_alone(folder, llm):
     assert any(one.text != other.text for one, other in zip(together[:5], together[5:], strict=True))  # of two seeds
 
 
+def test_requests_of_one_seed_are_drawn_apart():
+    one, other = (_uniform(asked(text, sampling=HOT, seed=3)) for text in ("a", "b"))
+    assert not torch.isclose(one, other).any()
+    assert torch.equal(one, _uniform(asked("a", sampling=HOT, seed=3)))
+
+
 def test_tokens_are_drawn_as_often_as_they_are_probable():
     p_V = torch.tensor([0.125, 0.5, 0.0, 0.25, 0.125])
     uniform_B = (torch.arange(800, dtype=torch.float64) + 0.5) / 800
@@ -239,6 +245,30 @@ def test_an_answer_that_does_not_end_is_cut_off(llm):
     raise AssertionError("no answer ends")
 
 
+def test_a_batch_ends_with_its_longest_answer(llm, monkeypatch):
+    forward, steps = llm._loaded.model.forward, []
+
+    def counted(*arguments: Any, **fields: Any) -> Any:
+        steps.append(len(fields["input_ids"]))
+        return forward(*arguments, **fields)
+
+    monkeypatch.setattr(llm._loaded.model, "forward", counted)
+    requests = [asked(text, sampling=HOT, seed=seed) for seed in range(3) for text in TEXTS]
+    ended = {a.output_tokens: request for request, a in zip(requests, all_of(llm, requests), strict=True) if a.error is None}
+    steps.clear()
+    answers = all_of(llm, list(ended.values())[:3])  # no two of a length
+    assert steps == [3] * max(answer.output_tokens for answer in answers)
+
+
+def test_answers_end_at_the_end_tokens_of_the_model_and_of_the_tokenizer(folder, llm, tmp_path):
+    assert llm._loaded.eos.tolist() == [1, *range(20, 36)]
+    copied = shutil.copytree(folder, tmp_path / "llm")
+    (copied / "generation_config.json").write_text("{}")
+    assert Local(str(copied), device="cpu")._loaded.eos.tolist() == [1]
+    (copied / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert Local(str(copied), device="cpu")._loaded.eos.tolist() == [1, 5]
+
+
 @pytest.mark.parametrize(
     ("template", "text"),
     [
@@ -271,7 +301,7 @@ def test_a_text_that_spells_special_tokens_stays_text(template, tmp_path):
 
 
 def test_a_template_that_refuses_a_conversation_says_so(tmp_path):
-    template = "{{ raise_exception('roles must alternate') }}"
+    template = "{{ raise_exception('roles\n must alternate') }}"
     with pytest.raises(ValueError, match=r"the chat template refuses a conversation of \['user'\]: roles must alternate"):
         all_of(Local(str(write_llm(tmp_path, template=template)), device="cpu"), [asked("a")])
 
@@ -293,6 +323,10 @@ def test_the_name_changes_with_what_changes_answers(tmp_path):
         (copied / changed).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         assert Local(str(copied)).name != name
         (copied / changed).write_bytes(data)
+    (copied / "generation_config.json").rename(copied / "generation_configs.json")
+    assert Local(str(copied)).name != name
+    (copied / "generation_configs.json").rename(copied / "generation_config.json")
+    assert Local(str(copied)).name == name
     (copied / "chat_template.jinja").write_text("words")
     assert Local(str(copied)).name != name
     assert Local("org/model").name == "org/model/float32"
@@ -362,7 +396,7 @@ def test_requests_are_taken_a_stretch_at_a_time(folder):
 
 
 def test_a_batch_has_no_more_places_than_allowed(folder, monkeypatch):
-    llm, batches = Local(str(folder), device="cpu", max_batch_tokens=120), []
+    llm, batches = Local(str(folder), device="cpu", max_batch_tokens=250), []
     answered = llm._answered
     monkeypatch.setattr(llm, "_answered", lambda batch: batches.append(batch) or answered(batch))
     requests = [*REQUESTS, *SCORED, *(asked(text, sampling=HOT) for text in TEXTS), asked("7" * 120, continuation="7")]
@@ -370,7 +404,7 @@ def test_a_batch_has_no_more_places_than_allowed(folder, monkeypatch):
     assert sum(map(len, batches)) == len(requests) - 1  # the last is longer than the context
     assert max(map(len, batches)) > 1
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(one.places for one in batch) <= 120
+        assert len(batch) == 1 or len(batch) * max(one.places for one in batch) <= 250
         assert len({(one.request.sampling, bool(one.continuation)) for one in batch}) == 1
 
 

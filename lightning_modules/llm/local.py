@@ -311,7 +311,8 @@ def _chat(tokenizer: Any, request: Request) -> list[int]:
     try:
         rendered = _rendered(tokenizer, [(role, hidden(text)) for role, text in turns])
     except Exception as error:  # a template raises what it likes
-        raise ValueError(f"the chat template refuses a conversation of {[role for role, _ in turns]}: {error}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the chat template refuses a conversation of {[role for role, _ in turns]}: {reason}") from error
     ids: list[int] = []
     for number, piece in enumerate(re.split(f"{mark}:(\\d+):", rendered)):  # what the template made and tokens take turns
         ids += _ids(tokenizer, special[int(piece)], split_special_tokens=True) if number % 2 else _ids(tokenizer, piece)
