@@ -149,6 +149,8 @@ class Index:
         if kind == "hnsw":
             index.hnsw.efConstruction = settings.build_effort
         else:
+            if kind == "ivfpq":  # an annealing for searches by Hamming distance, which are not made: most of the training time
+                index.do_polysemous_training = False
             index.train(_sample(chunks(), every))
         for chunk in chunks():
             if len(chunk.positions):
@@ -163,8 +165,7 @@ class Index:
             k: How many; where there are fewer vectors, all.
             rows: The stored vectors (C, D) at positions (C,).
         """
-        faiss = require_faiss()
-        faiss.omp_set_num_threads(torch.get_num_threads())
+        require_faiss()  # with torch's threads of now
         num_candidates = min(k * self.settings.oversampling, len(self.positions))
         found = [
             self._compared(part_QD.float(), num_candidates, min(k, num_candidates), rows)

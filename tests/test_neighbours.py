@@ -16,6 +16,15 @@ from lightning_modules.vectors import Chunk
 SMALL = IndexSettings(num_training=2000, num_lists=16, num_probes=8, code_bytes=8)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """FAISS's threads wait for one another in a busy loop, which takes seconds on a machine that has other work."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
+
+
 def in_chunks(vectors: np.ndarray, *sizes: int) -> Callable[[], Iterator[Chunk]]:
     """The vectors in chunks of these sizes, the last of which comes again and again."""
 
@@ -196,13 +205,9 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         neighbours.require_faiss()
 
 
-def test_faiss_takes_as_many_threads_as_torch():
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert neighbours.require_faiss().omp_get_max_threads() == 1
-    finally:
-        torch.set_num_threads(number)
+@pytest.mark.parametrize("number", [2, 1])
+def test_faiss_takes_as_many_threads_as_torch(number):
+    torch.set_num_threads(number)
     assert neighbours.require_faiss().omp_get_max_threads() == number
 
 
