@@ -3,18 +3,16 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from changes import ROOT, flipped, foreign
+from changes import flipped, foreign
 from samples import media_item, picture_bytes
-from test_train import run
 
 from datamodules.collate import with_prompt
 from datamodules.decode import decode_item
@@ -22,6 +20,7 @@ from datamodules.media.limits import DecodeLimits
 from datamodules.recipes.tars import index
 from datamodules.sample import Example, Item, text_item
 from datamodules.shards import Split, write_split
+from lightning_modules import mine as stage
 from lightning_modules.encoder.checkpoint import read_provenance, save_encoder
 from lightning_modules.encoder.embedder import cut
 from lightning_modules.mine import mine
@@ -29,6 +28,25 @@ from lightning_modules.mine import mine
 QUERY, TARGET = "q: {text}", "title: {title} | {text}"
 PROMPTS: dict[str, Any] = {"query_prompt": QUERY, "target_prompt": TARGET}
 SMALL: dict[str, Any] = {**PROMPTS, "k": 5, "block_size": 4, "batch_size": 3, "num_workers": 0, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As forked runs have: bytes are compared."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
+
+
+@pytest.fixture(autouse=True)
+def loaded(monkeypatch, tiny_encoder, processor) -> None:
+    """The checkpoint's encoder without loading and probing it each time."""
+    real = stage.load_encoder
+    monkeypatch.setattr(
+        stage, "load_encoder", lambda folder: (tiny_encoder, processor) if Path(folder).name == "encoder" else real(folder)
+    )
+    monkeypatch.setattr(stage, "probe", lambda encoder: None)
 
 
 @pytest.fixture
@@ -53,11 +71,11 @@ def targets() -> list[Item]:
     ]
 
 
-@pytest.fixture
-def root(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
     """`corpus`, and `queries` of which one has no target, one has a target elsewhere, and one's text is in the corpus."""
-    given = targets()
-    write_split(tmp_path / "root" / "corpus", [Example(f"t{n:02d}", target=item) for n, item in enumerate(given)])
+    given, root = targets(), tmp_path_factory.mktemp("root")
+    write_split(root / "corpus", [Example(f"t{n:02d}", target=item) for n, item in enumerate(given)])
     taught = text_item("no mat")
     taught = Item(taught.parts, teacher=np.ones(3, np.float32))
     queries = [
@@ -66,13 +84,24 @@ def root(tmp_path) -> Path:
         *(Example(f"q{n}", text_item("dog " * (n + 1)), given[n], (taught,), label="x") for n in range(7)),
         Example("elsewhere", given[7], text_item("is nowhere else")),
     ]
-    write_split(tmp_path / "root" / "queries", queries, examples_per_shard=3)
-    return tmp_path / "root"
+    write_split(root / "queries", queries, examples_per_shard=3)
+    return root
 
 
 def mined(checkpoint: str, root: Path, out: Path, **more: Any) -> Path:
     mine(checkpoint, str(root / "queries"), str(root / "corpus"), str(out), **{**SMALL, **more})
     return out
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("whole") / "out"
+
+
+@pytest.fixture
+def whole(checkpoint, root, place) -> Path:
+    """What one task makes of it all; to be left as it is."""
+    return place if (place / "manifest.json").exists() else mined(checkpoint, root, place)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -121,8 +150,8 @@ def test_each_query_gets_the_nearest_distinct_targets_best_first(
             np.testing.assert_allclose(found.meta["seed"]["cosine"], cosine, rtol=0, atol=1e-5)
 
 
-def test_all_else_of_an_example_stays_as_it_was(checkpoint, root, tmp_path):
-    queries, out = Split(root / "queries"), Split(mined(checkpoint, root, tmp_path / "out"))
+def test_all_else_of_an_example_stays_as_it_was(root, whole):
+    queries, out = Split(root / "queries"), Split(whole)
     for position in range(len(queries)):
         given, found = queries.read(position), out.read(position)
         assert (found.query, found.target, found.negatives, found.label) == (
@@ -156,8 +185,8 @@ def test_own_text_and_targets_are_counted_and_the_making_is_told(checkpoint, roo
     assert sizes == [11, 10, *[11] * 7, 10]  # eleven contents, without what is the query itself
 
 
-def test_tasks_in_any_order_write_the_bytes_of_one(checkpoint, root, tmp_path, capsys):
-    one = files_of(mined(checkpoint, root, tmp_path / "one"))
+def test_tasks_in_any_order_write_the_bytes_of_one(checkpoint, root, whole, tmp_path, capsys):
+    one = files_of(whole)
     several = {"array_size": 3}
     mined(checkpoint, root, tmp_path / "three", array_index=2, **several)
     assert "3 of 4 blocks of the corpus are missing" in capsys.readouterr().out
@@ -170,50 +199,62 @@ def test_tasks_in_any_order_write_the_bytes_of_one(checkpoint, root, tmp_path, c
     assert files_of(tmp_path / "three") == one
 
 
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(checkpoint, root, tmp_path):
-    whole = files_of(mined(checkpoint, root, tmp_path / "whole", block_size=1))
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(zygote, checkpoint, root, tmp_path):
+    wanted = files_of(mined(checkpoint, root, tmp_path / "whole", block_size=1))
     out = tmp_path / "killed"
-    source = f"from lightning_modules.mine import mine\nimport sys\nmine(*sys.argv[1:], **{ ({**SMALL, 'block_size': 1})!r})"
-    command = [sys.executable, "-c", source, checkpoint, str(root / "queries"), str(root / "corpus"), str(out)]
+    given = {
+        **SMALL,
+        "block_size": 1,
+        "checkpoint": checkpoint,
+        "queries": root / "queries",
+        "corpus": root / "corpus",
+        "out": out,
+    }
+    arguments = ["conf=mine", *(f"{name}={value}" for name, value in given.items() if name not in PROMPTS)]
+    arguments += [f'{name}="{value}"' for name, value in PROMPTS.items()]
     for done in ("corpus/blocks/000004.json", "blocks/000003.json"):
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (out / done).exists():
+        run = zygote.ask(arguments=arguments, environment={}, log=str(tmp_path / "log"))
+        deadline = time.monotonic() + 60
+        while not (out / done).exists():
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert (out / done).exists()
+        os.kill(run, signal.SIGKILL)
+        assert zygote.ask(wait=run) == -signal.SIGKILL
         assert not (out / "manifest.json").exists()
     mined(checkpoint, root, out, block_size=1)
-    assert files_of(out) == whole
+    assert files_of(out) == wanted
 
 
-def test_a_block_whose_files_are_gone_is_made_again(checkpoint, root, tmp_path):
-    whole = files_of(mined(checkpoint, root, tmp_path / "out"))
+def test_a_block_whose_files_are_gone_is_made_again(checkpoint, root, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
     for gone in ("corpus/000001.npy", "corpus/000002.ids.npy", "000001.tar", "blocks/000002.json"):
         (tmp_path / "out" / gone).unlink()
     mined(checkpoint, root, tmp_path / "out")
-    assert files_of(tmp_path / "out") == whole
+    assert files_of(tmp_path / "out") == files_of(whole)
 
 
-def test_another_making_is_refused_before_anything_is_done(checkpoint, root, tiny_encoder, processor, tmp_path):
-    whole = files_of(mined(checkpoint, root, tmp_path / "out"))
+def test_another_making_is_refused_before_anything_is_done(
+    checkpoint, root, whole, tiny_encoder, processor, tmp_path, monkeypatch
+):
+    before = files_of(whole)
     with torch.no_grad():
         tiny_encoder.projection[0].weight.mul_(2)
     save_encoder(tmp_path / "other", tiny_encoder, processor, provenance={})
     changes: tuple[dict[str, Any], ...] = ({"prefix": 8}, {"query_prompt": None}, {"target_prompt": "{text}"}, {"k": 6})
     for change in (*changes, {"dtype": "float16"}, {"block_size": 5}, {"index": "hnsw"}):
         with pytest.raises(ValueError, match=f"was begun otherwise: {next(iter(change))} was .* Give another folder as out"):
-            mined(checkpoint, root, tmp_path / "out", **change)
+            mined(checkpoint, root, whole, **change)
     with pytest.raises(ValueError, match="was begun otherwise: checkpoint was"):
-        mined(str(tmp_path / "other"), root, tmp_path / "out")
-    write_split(root / "corpus", [Example("t", target=text_item("another"))])
+        mined(str(tmp_path / "other"), root, whole)
+    write_split(tmp_path / "corpus", [Example("t", target=text_item("another"))])
+    monkeypatch.setattr(stage, "Split", lambda folder: Split(tmp_path / "corpus" if folder.endswith("corpus") else folder))
     with pytest.raises(ValueError, match="was begun otherwise: corpus_digest was"):
-        mined(checkpoint, root, tmp_path / "out")
-    assert files_of(tmp_path / "out") == whole
+        mined(checkpoint, root, whole)
+    assert files_of(whole) == before
 
 
 def test_one_split_is_both_queries_and_corpus(checkpoint, world, tmp_path):
-    folder = str(world / "text-image" / "train")
+    folder = str(world / "world" / "text-image" / "train")
     mine(checkpoint, folder, folder, str(tmp_path / "out"), k=3, num_workers=0, device="cpu")
     out = Split(tmp_path / "out")
     assert len(out) == len(Split(folder))
@@ -221,11 +262,8 @@ def test_one_split_is_both_queries_and_corpus(checkpoint, world, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivfsq8"])
-def test_an_index_finds_what_comparing_all_finds_here(checkpoint, root, tmp_path, kind):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    exact, found = (Split(mined(checkpoint, root, tmp_path / name, index=name)) for name in ("exact", kind))
-    torch.set_num_threads(threads)
+def test_an_index_finds_what_comparing_all_finds_here(checkpoint, root, whole, tmp_path, kind):
+    exact, found = Split(whole), Split(mined(checkpoint, root, tmp_path / kind, index=kind))
     for position in range(len(exact)):
         wanted, candidates = exact.read(position).meta["candidates"], found.read(position).meta["candidates"]
         assert [candidate["key"] for candidate in candidates] == [candidate["key"] for candidate in wanted]
@@ -234,27 +272,27 @@ def test_an_index_finds_what_comparing_all_finds_here(checkpoint, root, tmp_path
 
 
 def test_foreign_keys_are_made_fit_and_candidates_keep_theirs(checkpoint, root, tmp_path):
-    (root / "far").mkdir()
-    tar = foreign(root / "far" / "x.tar", *((f"a/{n}.{c}", b"cat %d" % n) for n in range(3) for c in ("txt", "cls")))
+    (tmp_path / "far").mkdir()
+    tar = foreign(tmp_path / "far" / "x.tar", *((f"a/{n}.{c}", b"cat %d" % n) for n in range(3) for c in ("txt", "cls")))
     index(str(tar.parent), query=("txt",), target=("cls",))
-    mine(checkpoint, str(root / "far"), str(root / "far"), str(tmp_path / "out"), num_workers=0, device="cpu")
+    mine(checkpoint, str(tmp_path / "far"), str(tmp_path / "far"), str(tmp_path / "out"), num_workers=0, device="cpu")
     out = Split(tmp_path / "out")
     assert out.keys == ["a_0", "a_1", "a_2"]
     assert {candidate["key"] for candidate in out.read(0).meta["candidates"]} == {"a/1", "a/2"}
 
 
 def test_what_cannot_be_mined_is_refused(checkpoint, root, tmp_path):
-    write_split(root / "bad", [Example("k", media_item("image", picture_bytes(), "png"), text_item("t"))])
-    flipped(b"IDAT")(root / "bad")
-    bad = str(root / "bad")
+    write_split(tmp_path / "bad", [Example("k", media_item("image", picture_bytes(), "png"), text_item("t"))])
+    flipped(b"IDAT")(tmp_path / "bad")
+    bad = str(tmp_path / "bad")
     corpus, queries = str(root / "corpus"), str(root / "queries")
     for given, more, message in (
         ((queries, corpus), {"k": 0}, "k is 0, batch_size 3; both must be at least 1"),
         ((queries, corpus), {"prefix": 17}, "17"),
         ((corpus, corpus), {}, "corpus: example 't00' has no query"),
         ((queries, queries), {}, "queries: example 'alone' has no target"),
-        ((queries, bad), {}, r"is damaged .*; conf=verify root=.*root splits=\[bad\] leaves bad examples out"),
-        ((bad, corpus), {}, r"is damaged .*; conf=verify root=.*root splits=\[bad\] leaves bad examples out"),
+        ((queries, bad), {}, r"is damaged .*; conf=verify root=.* splits=\[bad\] leaves bad examples out"),
+        ((bad, corpus), {}, r"is damaged .*; conf=verify root=.* splits=\[bad\] leaves bad examples out"),
     ):
         with pytest.raises(ValueError, match=message):
             mine(checkpoint, *given, str(tmp_path / message[:5]), **{**SMALL, **more})
@@ -271,10 +309,12 @@ def test_a_vector_that_is_not_finite_is_named(checkpoint, root, tmp_path, monkey
         mined(checkpoint, root, tmp_path / "out")
 
 
-def test_the_stage_runs_from_the_command_line(checkpoint, root, tmp_path):
+def test_the_stage_runs_from_the_command_line(zygote, checkpoint, root, tmp_path):
     words = ["conf=mine", f"checkpoint={checkpoint}", f"queries={root / 'queries'}", f"corpus={root / 'corpus'}"]
-    more = [f"out={tmp_path / 'out'}", "num_workers=0", "k=5", "index_settings.oversampling=4"]
-    shown = run(*words, *more)
+    words += [f"out={tmp_path / 'out'}", "num_workers=1", "k=5", "index_settings.oversampling=4"]
+    status = zygote.ask(wait=zygote.ask(arguments=words, environment={}, log=str(tmp_path / "log")))
+    shown = (tmp_path / "log").read_text()
+    assert status == 0, shown
     assert "10 examples of 10 records in" in shown
     assert "are among the 5 nearest" in shown
     assert len(Split(tmp_path / "out").read(0).meta["candidates"]) == 5
