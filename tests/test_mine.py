@@ -1,4 +1,4 @@
-"""Promises of conf=mine: the corpus's nearest distinct targets in each query's meta, whoever did which block and was killed when."""
+"""Promises of conf=mine: the nearest distinct targets in each query's meta, whoever did which block and was killed when."""
 
 import os
 import shutil
@@ -113,6 +113,15 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+def meta_of(example: Example) -> dict[str, Any]:
+    assert example.meta is not None
+    return dict(example.meta)
+
+
+def id_of(item: Item | None) -> int | None:
+    return None if item is None else item.content_id
+
+
 @torch.no_grad()
 def alone(encoder, processor, item: Item, prompt: str, prefix: int) -> np.ndarray:
     inputs = processor([with_prompt(decode_item(item, DecodeLimits()), prompt)])
@@ -127,27 +136,27 @@ def test_each_query_gets_the_nearest_distinct_targets_best_first(
     queries, corpus = Split(root / "queries"), Split(root / "corpus")
     assert out.keys == queries.keys
     contents = [corpus.read(position).target for position in range(len(corpus))]
-    first = [n for n, item in enumerate(contents) if item.content_id not in [other.content_id for other in contents[:n]]]
+    first = [n for n, item in enumerate(contents) if id_of(item) not in [id_of(other) for other in contents[:n]]]
     assert first == [*range(10), 13]
     embed = lambda item, prompt: alone(tiny_encoder, processor, item, prompt, prefix or 16)  # noqa: E731
     vectors = {n: embed(contents[n], TARGET) for n in first}
     for position in range(len(queries)):
         given, found = queries.read(position), out.read(position)
         query = embed(given.query, QUERY)
-        cosines = {n: float(query @ vectors[n]) for n in first if contents[n].content_id != given.query.content_id}
+        cosines = {n: float(query @ vectors[n]) for n in first if id_of(contents[n]) != id_of(given.query)}
         best = sorted(cosines, key=lambda n: -cosines[n])[:5]
-        candidates = found.meta["candidates"]
+        candidates = meta_of(found)["candidates"]
         assert [candidate["position"] for candidate in candidates] == best
         assert [candidate["key"] for candidate in candidates] == [f"t{n:02d}" for n in best]
         np.testing.assert_allclose([c["cosine"] for c in candidates], [cosines[n] for n in best], rtol=0, atol=1e-5)
-        own = [n for n in best if given.target is not None and contents[n].content_id == given.target.content_id]
+        own = [n for n in best if given.target is not None and id_of(contents[n]) == id_of(given.target)]
         assert [c["position"] for c in candidates if c.get("is_target")] == own
         assert all("is_target" not in c or c["is_target"] is True for c in candidates)
         if given.target is None:
-            assert "seed" not in found.meta
+            assert "seed" not in meta_of(found)
         else:
             cosine = query @ embed(given.target, TARGET)
-            np.testing.assert_allclose(found.meta["seed"]["cosine"], cosine, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(meta_of(found)["seed"]["cosine"], cosine, rtol=0, atol=1e-5)
 
 
 def test_all_else_of_an_example_stays_as_it_was(root, whole):
@@ -160,7 +169,7 @@ def test_all_else_of_an_example_stays_as_it_was(root, whole):
             given.negatives,
             given.label,
         )
-        assert {name: value for name, value in found.meta.items() if name not in ("candidates", "seed")} == (
+        assert {name: value for name, value in meta_of(found).items() if name not in ("candidates", "seed")} == (
             {"language": "en"} if given.key == "own" else {}
         )
     teacher = out.read(3).negatives[0].teacher
@@ -181,7 +190,7 @@ def test_own_text_and_targets_are_counted_and_the_making_is_told(checkpoint, roo
     }
     wanted |= {"queries": Split(root / "queries").digest, "k": 11, "index": "exact", "prefix": 16, "dtype": "float32"}
     assert made_by == wanted | PROMPTS | {"num_records": 10, "block_size": 4}
-    sizes = [len(out.read(position).meta["candidates"]) for position in range(len(out))]
+    sizes = [len(meta_of(out.read(position))["candidates"]) for position in range(len(out))]
     assert sizes == [11, 10, *[11] * 7, 10]  # eleven contents, without what is the query itself
 
 
@@ -258,14 +267,14 @@ def test_one_split_is_both_queries_and_corpus(checkpoint, world, tmp_path):
     mine(checkpoint, folder, folder, str(tmp_path / "out"), k=3, num_workers=0, device="cpu")
     out = Split(tmp_path / "out")
     assert len(out) == len(Split(folder))
-    assert all(len(out.read(position).meta["candidates"]) == 3 for position in range(9))
+    assert all(len(meta_of(out.read(position))["candidates"]) == 3 for position in range(9))
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivfsq8"])
 def test_an_index_finds_what_comparing_all_finds_here(checkpoint, root, whole, tmp_path, kind):
     exact, found = Split(whole), Split(mined(checkpoint, root, tmp_path / kind, index=kind))
     for position in range(len(exact)):
-        wanted, candidates = exact.read(position).meta["candidates"], found.read(position).meta["candidates"]
+        wanted, candidates = meta_of(exact.read(position))["candidates"], meta_of(found.read(position))["candidates"]
         assert [candidate["key"] for candidate in candidates] == [candidate["key"] for candidate in wanted]
         np.testing.assert_allclose([c["cosine"] for c in candidates], [c["cosine"] for c in wanted], rtol=0, atol=2e-6)
     assert (tmp_path / kind / "corpus" / f"{kind}.faiss").is_file()
@@ -278,7 +287,7 @@ def test_foreign_keys_are_made_fit_and_candidates_keep_theirs(checkpoint, root, 
     mine(checkpoint, str(tmp_path / "far"), str(tmp_path / "far"), str(tmp_path / "out"), num_workers=0, device="cpu")
     out = Split(tmp_path / "out")
     assert out.keys == ["a_0", "a_1", "a_2"]
-    assert {candidate["key"] for candidate in out.read(0).meta["candidates"]} == {"a/1", "a/2"}
+    assert {candidate["key"] for candidate in meta_of(out.read(0))["candidates"]} == {"a/1", "a/2"}
 
 
 def test_what_cannot_be_mined_is_refused(checkpoint, root, tmp_path):
@@ -305,7 +314,7 @@ def test_a_vector_that_is_not_finite_is_named(checkpoint, root, tmp_path, monkey
 
     real = embedder.Embedder.forward
     monkeypatch.setattr(embedder.Embedder, "forward", lambda self, inputs: real(self, inputs) * torch.nan)
-    with pytest.raises(ValueError, match="not finite to one of the examples 't00' to 't02' of .*corpus"):
+    with pytest.raises(ValueError, match=r"not finite to one of the examples 't00' to 't02' of .*corpus"):
         mined(checkpoint, root, tmp_path / "out")
 
 
@@ -317,4 +326,4 @@ def test_the_stage_runs_from_the_command_line(zygote, checkpoint, root, tmp_path
     assert status == 0, shown
     assert "10 examples of 10 records in" in shown
     assert "are among the 5 nearest" in shown
-    assert len(Split(tmp_path / "out").read(0).meta["candidates"]) == 5
+    assert len(meta_of(Split(tmp_path / "out").read(0))["candidates"]) == 5

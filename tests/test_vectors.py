@@ -25,7 +25,8 @@ from datamodules.shards import Split
 from lightning_modules.vectors import Vectors
 
 folder, split, when = sys.argv[1:]
-vectors = Vectors(folder, Split(split), "target", prompt=None, encoder="e", prefix=4, dtype="float32", block_size=10, task=ArrayTask(0, 1))
+given = {"prompt": None, "encoder": "e", "prefix": 4, "dtype": "float32", "block_size": 10, "task": ArrayTask(0, 1)}
+vectors = Vectors(folder, Split(split), "target", **given)
 real, left = os.replace, [int(when)]
 
 def replace(*places):
@@ -146,7 +147,7 @@ def test_a_process_killed_at_any_rename_leaves_whole_blocks_to_go_on_from(split,
 def test_vectors_of_another_making_are_refused(split, tmp_path):
     fill(opened(tmp_path / "v", split))
     write_split(tmp_path / "other", [Example("k", text_item("q"), text_item("t"))])
-    changes = (
+    changes: tuple[tuple[str, Any], ...] = (
         ("encoder", "f"),
         ("prompt", "x {text}"),
         ("prefix", 2),
@@ -156,7 +157,7 @@ def test_vectors_of_another_making_are_refused(split, tmp_path):
     )
     for name, value in changes:
         with pytest.raises(ValueError, match=f"was begun otherwise: {name} was .*, now .*{value}.*Give another folder"):
-            opened(tmp_path / "v", split, **{name: value})
+            opened(tmp_path / "v", split, **dict[str, Any]({name: value}))
     with pytest.raises(ValueError, match="split was"):
         opened(tmp_path / "v", Split(tmp_path / "other"))
 
