@@ -93,6 +93,7 @@ def mine(
     encoder, processor = load_encoder(checkpoint)
     width = encoder.config.embedding_dim if prefix is None else prefix
     check_prefixes((width,), encoder.config.embedding_dim)
+    index_settings.check(index, width)
     made_by: dict[str, Any] = {"checkpoint": read_provenance(checkpoint)["sha256"], "prefix": width, "dtype": dtype}
     made_by |= {"queries": query_split.digest, "corpus": corpus, "corpus_digest": corpus_split.digest}
     made_by |= {"query_prompt": query_prompt, "target_prompt": target_prompt, "k": k, "index": index}

@@ -61,6 +61,11 @@ class IndexSettings:
         if wrong := [name for name, value in vars(self).items() if value is not None and value < 1]:
             raise ValueError(f"{wrong[0]} of the index is {getattr(self, wrong[0])}; it must be at least 1")
 
+    def check(self, kind: Kind, width: int) -> None:
+        """Raises ValueError where vectors of a width cannot be quantised so."""
+        if kind == "ivfpq" and width % self.code_bytes:
+            raise ValueError(f"code_bytes of the index is {self.code_bytes}, no divisor of the vectors' width {width}")
+
 
 @torch.inference_mode()
 def exact(query_QD: Tensor, chunks: Iterable[Chunk], k: int, device: str | torch.device = "cpu") -> Neighbours:
@@ -141,8 +146,7 @@ class Index:
         num_training = -(-len(positions) // every)
         lists = min(settings.num_lists or round(4 * len(positions) ** 0.5), max(1, num_training // TRAINING_PER_LIST))
         described = {"ivfpq": f"IVF{lists},PQ{settings.code_bytes}", "ivfsq8": f"IVF{lists},SQ8"}
-        if kind == "ivfpq" and width % settings.code_bytes:
-            raise ValueError(f"code_bytes of the index is {settings.code_bytes}, no divisor of the vectors' width {width}")
+        settings.check(kind, width)
         if kind == "ivfpq" and num_training < PQ_CENTROIDS:
             raise ValueError(f"{num_training} vectors are too few to train index=ivfpq, it needs {PQ_CENTROIDS}; take exact")
         index = faiss.index_factory(width, described.get(kind, f"HNSW{settings.num_links}"), faiss.METRIC_INNER_PRODUCT)

@@ -298,6 +298,7 @@ def test_what_cannot_be_mined_is_refused(checkpoint, root, tmp_path):
     for given, more, message in (
         ((queries, corpus), {"k": 0}, "k is 0, batch_size 3; both must be at least 1"),
         ((queries, corpus), {"prefix": 17}, "17"),
+        ((queries, corpus), {"index": "ivfpq"}, "code_bytes of the index is 32, no divisor of the vectors' width 16"),
         ((corpus, corpus), {}, "corpus: example 't00' has no query"),
         ((queries, queries), {}, "queries: example 'alone' has no target"),
         ((queries, bad), {}, r"is damaged .*; conf=verify root=.* splits=\[bad\] leaves bad examples out"),

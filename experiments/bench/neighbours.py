@@ -3,8 +3,8 @@
     python experiments/bench/neighbours.py [--vectors 100000] [--width 256] [--queries 200] [--threads 2] [--out FILE]
 
 Vectors lie around 1,000 centres, with noise of 1.5 times a centre's length over all dimensions; queries are drawn as they are,
-and none is one of them. They are on disk, read in blocks of 1,000 as mining stores them, and in the page cache. Recall is against
-exact search; candidates are compared again with the vectors on disk, which is in the time of a query.
+and none is one of them. They are on disk, read in blocks of 1,000 as mining stores them, and in the page cache. Recall is
+against exact search; candidates are compared again with the vectors on disk, which is in the time of a query.
 """
 
 import argparse
