@@ -18,10 +18,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from datamodules.curation.candidates import Candidate, Selected, Selection, candidates_of, select
+from datamodules.curation.candidates import Candidate, Selected, Selection, candidates_of, require_corpus, select
 from datamodules.curation.card import counted, write_card
 from datamodules.curation.near_duplicates import FINGERPRINT, THRESHOLD, fingerprint, near_pairs, overlaps
-from datamodules.job import Aside, Job, array_task
+from datamodules.job import Aside, Job, array_task, made_from
 from datamodules.order import generator
 from datamodules.sample import BadExampleError, Example, Item, content_id_of_label, key_of, text_item
 from datamodules.shards import Split
@@ -66,18 +66,19 @@ def assemble(
     """
     console = Console()
     records, passages = Split(source), None if corpus is None else Split(corpus)
-    made_from = records.manifest["about"]
+    require_corpus(records, passages)
     made_by = {
         "stage": "assemble",
-        "source": source,
-        "source_digest": records.digest,
+        **made_from(source, records),
+        "corpus": corpus,
         "corpus_digest": passages and passages.digest,
         "selection": dataclasses.asdict(selection) | {"rankings": list(selection.rankings)},
         "classes": classes,
         "near": near,
         "judged": {folder: Split(folder).digest for folder in judged or []},
-        "licence": licence or made_from.get("licence") or made_from.get("made_by", {}).get("licence"),
     }
+    if licence is not None:
+        made_by["licence"] = licence
     job = Job(out, made_by, len(records), block_size, array_task(array_index, array_size))
     benchmarks = _benchmarks(judged or [], console)
     if all(job.is_done(block) for block in range(job.num_blocks)):

@@ -27,7 +27,7 @@ from datamodules.files import replace_file, sha256_of
 from datamodules.index import write_index
 from datamodules.record import parse_json, read_json
 from datamodules.sample import Example
-from datamodules.shards import MAX_MANIFEST_BYTES, write_tar
+from datamodules.shards import MAX_MANIFEST_BYTES, Split, write_tar
 from datamodules.store import Store
 
 MADE_BY, BLOCKS = "made_by.json", "blocks"
@@ -205,6 +205,13 @@ class Job:
 
     def _described(self, block: int) -> Path:
         return self.out / BLOCKS / f"{block:06d}.json"
+
+
+def made_from(folder: str, split: Split) -> dict[str, Any]:
+    """What a job's `made_by` says of the split that it goes over."""
+    about = split.manifest["about"]
+    licence = about.get("licence") or about.get("made_by", {}).get("licence")
+    return {"source": folder, "source_digest": split.digest, "licence": licence}
 
 
 def told(causes: Mapping[str, int]) -> str:

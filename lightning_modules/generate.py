@@ -14,7 +14,7 @@ from rich.console import Console
 
 from datamodules.curation.prompts import UnusableAnswerError, Value, read_prompt
 from datamodules.curation.synthesis import check_makes, draw, examples_of, values_of
-from datamodules.job import Aside, Job, array_task
+from datamodules.job import Aside, Job, array_task, made_from
 from datamodules.sample import BadExampleError, Example, Item, key_of
 from datamodules.shards import Split
 from lightning_modules.configuration import CONF
@@ -86,9 +86,7 @@ def generate(
         "prompt": shown.name,
         "prompt_sha256": shown.sha256,
         "llm": llm.name,
-        "source": source,
-        "source_digest": records and records.digest,
-        "licence": None if records is None else records.manifest["about"].get("licence"),
+        **({} if records is None else made_from(str(source), records)),
         "splits": {name: split.digest for name, split in drawn.items()},
         "column": column,
         "samples": samples,

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from datamodules.job import Job, array_task
+from datamodules.job import Job, array_task, made_from
 from datamodules.sample import Example, key_of
 from datamodules.shards import Split
 from kernels.contrastive import check_prefixes
@@ -94,8 +94,9 @@ def mine(
     width = encoder.config.embedding_dim if prefix is None else prefix
     check_prefixes((width,), encoder.config.embedding_dim)
     index_settings.check(index, width)
-    made_by: dict[str, Any] = {"checkpoint": read_provenance(checkpoint)["sha256"], "prefix": width, "dtype": dtype}
-    made_by |= {"queries": query_split.digest, "corpus": corpus, "corpus_digest": corpus_split.digest}
+    made_by: dict[str, Any] = {"stage": "mine", **made_from(queries, query_split)}
+    made_by |= {"corpus": corpus, "corpus_digest": corpus_split.digest}
+    made_by |= {"checkpoint": read_provenance(checkpoint)["sha256"], "prefix": width, "dtype": dtype}
     made_by |= {"query_prompt": query_prompt, "target_prompt": target_prompt, "k": k, "index": index}
     if index != "exact":
         made_by["index_settings"] = dataclasses.asdict(index_settings)

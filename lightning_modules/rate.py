@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from datamodules.curation.candidates import candidates_of
+from datamodules.curation.candidates import candidates_of, require_corpus
 from datamodules.curation.prompts import Prompt, UnusableAnswerError, Value, read_prompt
 from datamodules.curation.synthesis import values_of
-from datamodules.job import Aside, Job, array_task
+from datamodules.job import Aside, Job, array_task, made_from
 from datamodules.sample import BadExampleError, Example, key_of
 from datamodules.shards import Split
 from lightning_modules.generate import prompt_file
@@ -97,15 +97,14 @@ def rate(
     if not raters or attempts < 1:
         raise ValueError("give raters, and attempts of at least 1: raters={quality: {prompt: quality, at_least: 3}}")
     passages = None if corpus is None else Split(corpus)
-    about = records.manifest["about"]
+    require_corpus(records, passages)
     made_by = {
         "stage": "rate",
         "raters": {name: {**asdict(spec), "prompt_sha256": prompts[name].sha256} for name, spec in raters.items()},
         "llm": llm.name,
-        "source": source,
-        "source_digest": records.digest,
+        **made_from(source, records),
+        "corpus": corpus,
         "corpus_digest": passages and passages.digest,
-        "licence": about.get("licence", about.get("made_by", {}).get("licence")),
         "sampling": asdict(sampling),
         "attempts": attempts,
         "seed": seed,

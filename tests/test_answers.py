@@ -169,7 +169,7 @@ def test_a_budget_in_money(tmp_path):
         block.ask([request("a"), request("b" * 60)])
     for wrong, message in (({"max_cost": 1.0}, "needs the prices"), ({"max_tokens": -1}, "may be negative")):
         with pytest.raises(ValueError, match=message):
-            Budget(**wrong)
+            Budget(**wrong)  # type: ignore[arg-type]
 
 
 KILLED = """

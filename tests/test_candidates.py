@@ -2,8 +2,9 @@
 
 import pytest
 
-from datamodules.curation.candidates import Selection, candidates_of, fused, select
+from datamodules.curation.candidates import Selection, candidates_of, fused, require_corpus, select
 from datamodules.sample import Example, text_item
+from datamodules.shards import Split, write_split
 
 
 def candidate(key: str, cosine: float, **more) -> dict:
@@ -26,7 +27,7 @@ FIVE = [
 
 def chosen(selection: Selection, candidates: list[dict] = FIVE) -> tuple[str | None, str]:
     found = select(example(*candidates), candidates, selection)
-    return found.positive and found.positive["key"], "".join(one["key"] for one in found.negatives)
+    return None if found.positive is None else found.positive["key"], "".join(one["key"] for one in found.negatives)
 
 
 def test_ranks_are_fused_as_the_golden_values_say():
@@ -121,3 +122,13 @@ def test_what_is_missing_is_named():
         chosen(Selection(at_most={"grade": 1}))
     with pytest.raises(ValueError, match="max_share 0"):
         Selection(max_share=0)
+
+
+def test_candidates_of_another_corpus_are_refused(tmp_path):
+    for name in "ab":
+        write_split(tmp_path / name, [Example("k", target=text_item(name))])
+    mined = {"made_by": {"corpus": "a", "corpus_digest": Split(tmp_path / "a").digest}}
+    write_split(tmp_path / "mined", [example(*FIVE)], about=mined)
+    require_corpus(Split(tmp_path / "mined"), Split(tmp_path / "a"))
+    with pytest.raises(ValueError, match=r"mined was mined from a and not from .*b as it is now"):
+        require_corpus(Split(tmp_path / "mined"), Split(tmp_path / "b"))

@@ -4,6 +4,7 @@ import json
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from llm_server import Reply, ScriptedServer
@@ -168,13 +169,14 @@ def test_another_prompt_llm_seed_or_source_is_never_mixed(passages, prompt, tmp_
 
 def test_what_cannot_work_is_refused_before_anything_is_asked(passages, prompt, tmp_path):
     llm, out = Scripted(asks), str(tmp_path / "out")
-    for more, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({}, "give source, .* or num_records"),
         ({"source": passages, "samples": 0}, "each must be at least 1"),
         ({"source": passages, "column": "query"}, "no query"),
         ({"num_records": 2}, r"makes something of \{passage\}; there are language, number, query"),
         ({"source": str(tmp_path / "none")}, "no shards in"),
-    ):
+    ]
+    for more, message in wrong:
         with pytest.raises(ValueError, match=message):
             generate(prompt, llm, out, **more)
     with pytest.raises(ValueError, match=r"no prompt .*conf/prompts/frett.yaml; prompts in .*fret.yaml"):

@@ -47,11 +47,11 @@ def test_a_job_becomes_a_split_that_says_what_became_of_every_record(tmp_path):
 def test_any_number_of_tasks_in_any_order_makes_the_same(tmp_path, size):
     do(job_of(tmp_path / "one"))
     job_of(tmp_path / "one").finish(QUIET)
-    for index in reversed(range(size)):
-        job = job_of(tmp_path / "many", index, size)
+    jobs = [job_of(tmp_path / "many", index, size) for index in range(size)]
+    for job in reversed(jobs):
         assert job.finish(QUIET) is None
         do(job)
-    assert job.finish(QUIET) is not None
+    assert jobs[0].finish(QUIET) is not None
     assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
 
 

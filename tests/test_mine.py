@@ -187,8 +187,12 @@ def test_own_text_and_targets_are_counted_and_the_making_is_told(checkpoint, roo
         "checkpoint": read_provenance(checkpoint)["sha256"],
         "corpus": str(root / "corpus"),
         "corpus_digest": corpus.digest,
+        "stage": "mine",
+        "source": str(root / "queries"),
+        "source_digest": Split(root / "queries").digest,
+        "licence": None,
     }
-    wanted |= {"queries": Split(root / "queries").digest, "k": 11, "index": "exact", "prefix": 16, "dtype": "float32"}
+    wanted |= {"k": 11, "index": "exact", "prefix": 16, "dtype": "float32"}
     assert made_by == wanted | PROMPTS | {"num_records": 10, "block_size": 4}
     sizes = [len(meta_of(out.read(position))["candidates"]) for position in range(len(out))]
     assert sizes == [11, 10, *[11] * 7, 10]  # eleven contents, without what is the query itself

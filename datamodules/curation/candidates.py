@@ -15,6 +15,7 @@ from typing import Any, Literal
 from datamodules.curation.negatives import reciprocal_rank_fusion
 from datamodules.order import generator
 from datamodules.sample import Example
+from datamodules.shards import Split
 
 Candidate = Mapping[str, Any]
 
@@ -75,6 +76,13 @@ def candidates_of(example: Example) -> list[dict[str, Any]]:
         cosine = seed.get("cosine") if isinstance(seed, dict) else None
         candidates.append({"position": None, "key": example.key, "cosine": cosine, "is_target": True})
     return candidates
+
+
+def require_corpus(mined: Split, corpus: Split | None) -> None:
+    """Raises ValueError when candidates were mined from another corpus, or from this one as it was before."""
+    made_by = mined.manifest["about"].get("made_by", {})
+    if corpus is not None and made_by.get("corpus_digest") not in (None, corpus.digest):
+        raise ValueError(f"{mined.folder} was mined from {made_by.get('corpus')} and not from {corpus.folder} as it is now")
 
 
 def fused(candidates: Sequence[Candidate], rankings: Sequence[str]) -> list[float]:

@@ -131,7 +131,7 @@ def page(card: Mapping[str, Any]) -> str:
     lines = ["---", f"license: {card['licence']}", "---", "", f"# {card['num_examples']:,} examples", ""]
     lines += [f"Made from {card['num_records']:,} records by these steps, the last one first. The same in full: card.json.", ""]
     for step in card["made_by"]:
-        known = ("prompt", "llm", "checkpoint_sha256", "source", "seed", "licence", "digest")
+        known = ("prompt", "llm", "checkpoint", "source", "seed", "licence", "digest")
         told = ", ".join(f"{name} {str(step[name])[:80]}" for name in known if step.get(name) is not None)
         lines.append(f"- **{step['stage']}** {told}")
     lines += ["", "| what | how often |", "|---|---|"]
