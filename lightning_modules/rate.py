@@ -66,8 +66,9 @@ def rate(
     """Write a split once more with an LLM's ratings in `meta`, without the examples that are rated too low.
 
     `meta["ratings"]` holds for each rater of examples its value, the other fields of the answer (a reason), prompt and LLM;
-    candidates hold their values under the rater's name. An example that gets no rating is set aside with its cause; so is a
-    candidate without one left out, and counted. Killed at any time, the command goes on when it is given again.
+    candidates hold their values under the rater's name. An example that gets no rating, or whose own target gets none among its
+    candidates, is set aside with its cause; other candidates without one are left out and counted. Killed at any time, the
+    command goes on when it is given again.
 
     Args:
         source: Folder of the split.
@@ -123,9 +124,10 @@ def rate(
         with kept.of_block(block) as log:
             for name, spec in raters.items():
                 rater = Rater(name, spec, prompts[name], log, sampling, seed, attempts)
-                examples = (
-                    rater.examples(examples, aside) if spec.of == "example" else rater.candidates(examples, passages, counts)
-                )
+                if spec.of == "example":
+                    examples = rater.examples(examples, aside)
+                else:
+                    examples = rater.candidates(examples, passages, counts, aside)
         counts["examples"] += len(examples)
         job.write(block, examples, counts, aside)
     job.finish(console)
@@ -167,8 +169,10 @@ class Rater:
             kept.append(dataclasses.replace(example, meta={**(example.meta or {}), "ratings": ratings}))
         return kept
 
-    def candidates(self, examples: list[Example], corpus: Split | None, counts: Counter[str]) -> list[Example]:
-        """All of them, their candidates with a rating each."""
+    def candidates(
+        self, examples: list[Example], corpus: Split | None, counts: Counter[str], aside: list[Aside]
+    ) -> list[Example]:
+        """Those whose own target could be rated, their candidates with a rating each; the others go aside."""
         assert corpus is not None
         values, keys, mined = list[Mapping[str, Value]](), list[str](), []
         for example in examples:
@@ -185,14 +189,19 @@ class Rater:
         found = iter(self._ask(values, keys))
         rated = []
         for example, candidates in zip(examples, mined, strict=True):
-            own = []
+            own, lost = [], None
             for candidate in candidates:
                 rating = next(found)
-                if isinstance(rating, UnusableAnswerError):
-                    counts[f"candidates without {self.name}: {rating.cause}"] += 1
-                else:
+                if not isinstance(rating, UnusableAnswerError):
                     own.append({**candidate, self.name: rating[0]})
                     counts[f"candidates rated by {self.name}"] += 1
+                    continue
+                counts[f"candidates without {self.name}: {rating.cause}"] += 1
+                if candidate.get("is_target"):  # nothing can be compared with it
+                    lost = Aside(example.key, f"{self.name}: {rating.cause}", f"its target: {rating}")
+            if lost is not None:
+                aside.append(lost)
+                continue
             rated.append(dataclasses.replace(example, meta={**(example.meta or {}), "candidates": own}))
         return rated
 

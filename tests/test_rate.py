@@ -110,6 +110,15 @@ def test_a_candidate_without_a_rating_is_left_out_and_counted(mined, tmp_path):
     assert made.manifest["about"]["counts"]["candidates without relevance: longer than the context"] == 1
 
 
+def test_an_example_whose_own_target_cannot_be_rated_goes_aside(mined, tmp_path):
+    source, corpus = mined
+    llm = Scripted(lambda r: Answer(error="refused") if "my own yew" in r.messages[-1].text else -1.0)
+    rate(source, CANDIDATES, llm, str(tmp_path / "out"), corpus=corpus)
+    made = Split(tmp_path / "out")
+    assert made.keys == ["q0"]
+    assert made.manifest["about"]["aside"] == {"relevance: refused": 1}
+
+
 def test_what_cannot_work_is_refused_before_anything_is_asked(pairs, mined, tmp_path):
     llm = Scripted(judge)
     (tmp_path / "no.yaml").write_text("user: x\nanswer: {reason: {type: string}}")

@@ -19,7 +19,7 @@ for seed in 1 2 3; do
     [ $set = code/cosqa ] && query="task: code retrieval | query: {text}"
     train=shards/pack/$set/train
     stage conf=mine checkpoint=$first/encoder queries=$train corpus=$train out=$first/mined/$set \
-      query_prompt="$query" "target_prompt=title: {title} | text: {text}"
+      "query_prompt='$query'" "target_prompt='title: {title} | text: {text}'"
     for choice in last first; do
       stage conf=assemble source=$first/mined/$set corpus=$train out=$first/shards/$choice/$set/train \
         selection.negatives=$choice "judged=[shards/pack/$set/$([ $set = text/agnews ] && echo test || echo queries-test)]"
