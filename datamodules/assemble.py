@@ -149,10 +149,10 @@ class _Whole:
     """What only all records together tell: what comes twice, and which records are of a class."""
 
     def __init__(self, job: Job, near: float | None, classes: str | None) -> None:
-        blocks = [np.load(_file(job, block), mmap_mode="r", allow_pickle=False) for block in range(job.num_blocks)]
         rows = np.lib.format.open_memmap(job.out / f".rows.{os.getpid()}", "w+", RECORD, (job.num_records,))
         try:
-            for block, piece in enumerate(blocks):
+            for block in range(job.num_blocks):
+                piece = np.load(_file(job, block), allow_pickle=False)
                 if piece.dtype != RECORD or len(piece) != len(job.positions(block)):
                     raise ValueError(f"{_file(job, block)} is damaged; delete it, and it is made again")
                 rows[job.positions(block).start : job.positions(block).stop] = piece

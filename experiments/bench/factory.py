@@ -3,8 +3,8 @@
     python experiments/bench/factory.py [--records 10000,100000,1000000] [--backends 256] [--out FILE]
 
 Each stage runs in a process of its own, over records of one sentence, with an LLM that answers at once: what is measured is
-what the stages do around an LLM. Peak memory is what a process held at most, imports included; the row of 1,000 records says
-how much those are. `mine` gets vectors by a text model of one narrow layer and searches exactly. `--backends` asks a small
+what the stages do around an LLM. Peak memory is what a process held at most, imports included and mapped files apart; the row
+of 1,000 records says how much those are. `mine` gets vectors by a text model of one narrow layer and searches exactly. `--backends` asks a small
 random model in this process (2 layers, 128 wide), and a local server that takes 0.1 s for each, for as many answers, and
 says what a second brings.
 """
@@ -12,10 +12,10 @@ says what a second brings.
 import argparse
 import json
 import multiprocessing
-import resource
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -90,13 +90,30 @@ def stages(root: Path, num_records: int) -> dict[str, Callable[[], object]]:
     }
 
 
+def own_mib() -> float:
+    """MiB that the process holds and no file does: pages of mapped files, which the kernel takes back when it needs them, apart."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+
 def measured(run: Callable[[], object]) -> tuple[float, float]:
     """Seconds and peak MiB of a call in a process of its own."""
 
     def child(pipe: Any) -> None:
+        ended, peaks = threading.Event(), [0.0]
+
+        def watch() -> None:
+            while not ended.wait(0.02):
+                peaks.append(max(peaks.pop(), own_mib()))
+
+        watching = threading.Thread(target=watch)
+        watching.start()
         began = time.perf_counter()
         run()
-        pipe.send((time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        seconds = time.perf_counter() - began
+        ended.set()
+        watching.join()
+        pipe.send((seconds, peaks[0]))
 
     receiver, sender = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=child, args=(sender,))
