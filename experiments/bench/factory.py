@@ -4,9 +4,9 @@
 
 Each stage runs in a process of its own, over records of one sentence, with an LLM that answers at once: what is measured is
 what the stages do around an LLM. Peak memory is what a process held at most, imports included and mapped files apart; the row
-of 1,000 records says how much those are. `mine` gets vectors by a text model of one narrow layer and searches exactly. `--backends` asks a small
-random model in this process (2 layers, 128 wide), and a local server that takes 0.1 s for each, for as many answers, and
-says what a second brings.
+of 1,000 records says how much imports are. `mine` gets vectors by a text model of one narrow layer and searches exactly.
+`--backends` asks a small random model in this process (2 layers, 128 wide), and a local server that takes 0.1 s for each, for
+as many answers, and says what a second brings.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def stages(root: Path, num_records: int) -> dict[str, Callable[[], object]]:
 
 
 def own_mib() -> float:
-    """MiB that the process holds and no file does: pages of mapped files, which the kernel takes back when it needs them, apart."""
+    """MiB that the process holds, without the pages of mapped files, which the kernel takes back when it needs them."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) / 1024
 
