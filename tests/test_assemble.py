@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from jsonschema import Draft202012Validator, ValidationError
 from samples import picture_bytes
 from test_job import files_of
@@ -196,7 +197,7 @@ def test_any_array_makes_the_same_wherever_it_was_stopped(tmp_path):
 
 
 def test_the_data_card_says_what_was_made_of_what(judged, tmp_path):
-    assemble(judged[0], str(tmp_path / "one"), corpus=judged[1], selection=FUSED, licence="CC-BY-4.0")
+    assemble(judged[0], str(tmp_path / "one"), corpus=judged[1], selection=FUSED, licence="CC-BY-4.0: with a colon")
     assemble(str(tmp_path / "one"), str(tmp_path / "two"))
     card = json.loads((tmp_path / "two" / "card.json").read_text())
     Draft202012Validator(SCHEMA).validate(card)
@@ -204,7 +205,7 @@ def test_the_data_card_says_what_was_made_of_what(judged, tmp_path):
         with pytest.raises(ValidationError):
             Draft202012Validator(SCHEMA).validate(card | broken)
     assert card["num_records"] == card["num_examples"] == 3
-    assert card["licence"] == "CC-BY-4.0"
+    assert card["licence"] == "CC-BY-4.0: with a colon"
     assert card["digest"] == Split(tmp_path / "two").digest
     assert [step["stage"] for step in card["made_by"]] == ["assemble", "assemble", "source"]
     assert card["made_by"][2]["source"] == "hand-made"
@@ -213,7 +214,7 @@ def test_the_data_card_says_what_was_made_of_what(judged, tmp_path):
     assert card["columns"]["target"]["modalities"] == {"text": 3}
     assert card["shown"][0] == {"query": "better", "target": "passage 0", "negative 1": "passage 3"}
     page = (tmp_path / "two" / "README.md").read_text()
-    assert "license: CC-BY-4.0" in page
+    assert yaml.safe_load(page.split("---")[1]) == {"license": "CC-BY-4.0: with a colon"}
     assert "# 3 examples" in page
     assert "| negatives by mine | 2 |" in page
     (tmp_path / "one" / "manifest.json").unlink()

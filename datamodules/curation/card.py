@@ -128,7 +128,14 @@ def made_by(split: Split) -> list[dict[str, Any]]:
 
 def page(card: Mapping[str, Any]) -> str:
     """The card for people."""
-    lines = ["---", f"license: {card['licence']}", "---", "", f"# {card['num_examples']:,} examples", ""]
+    lines = [
+        "---",
+        f"license: {json.dumps(card['licence'], ensure_ascii=False)}",
+        "---",
+        "",
+        f"# {card['num_examples']:,} examples",
+        "",
+    ]
     lines += [f"Made from {card['num_records']:,} records by these steps, the last one first. The same in full: card.json.", ""]
     for step in card["made_by"]:
         known = ("prompt", "llm", "checkpoint", "source", "seed", "licence", "digest")
