@@ -74,6 +74,8 @@ def test_json_is_taken_alone_or_in_one_fence(text):
     [
         ("", "no JSON"),
         ("Sure! {}", "no JSON"),
+        ('<think>cut off {"query": "hm"}', "no JSON"),
+        ('{"query": "hm"}<think></think>', "no JSON"),
         ('{"query": "hm"} {"query": "hm"}', "no JSON"),
         ('{"query": "hm"', "no JSON"),
         ('{"query": NaN}', "no JSON"),

@@ -29,6 +29,7 @@ from datamodules.record import parse_json
 from datamodules.sample import Item, Part, text_item
 
 FIELD = re.compile(r"\{(\w+)\}")
+THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)  # what models that reason write before they answer
 FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n\s*```\s*", re.DOTALL)
 SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*|\n+")
 KEYS = {"system", "user", "shots", "draws", "answer", "checks", "makes", "continuation", "grades"}
@@ -109,14 +110,15 @@ class Prompt:
         return (*messages, Message("user", filled(self.user, values).parts))
 
     def parse(self, text: str, values: Mapping[str, Value]) -> dict[str, Any]:
-        """What a JSON answer says, alone or in one fenced block.
+        """What a JSON answer says, alone or in one fenced block; thoughts before it do not count.
 
         Raises:
             UnusableAnswerError: It is no JSON, does not follow the schema, or a check fails.
         """
-        fenced = FENCED.fullmatch(text)
+        said = THOUGHT.sub("", text, count=1) if text.lstrip().startswith("<think>") else text
+        fenced = FENCED.fullmatch(said)
         try:
-            answer = parse_json((fenced[1] if fenced else text).strip().encode("utf-8", "surrogatepass"))
+            answer = parse_json((fenced[1] if fenced else said).strip().encode("utf-8", "surrogatepass"))
         except ValueError as error:
             raise UnusableAnswerError(f"no JSON ({error}): {text[:99]!r}", "no JSON") from error
         error = next(iter(Draft202012Validator(self.schema or {}).iter_errors(answer)), None)
