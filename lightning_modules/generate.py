@@ -6,6 +6,7 @@ becomes of the answers is said by the prompt's file, see `datamodules.curation.p
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from datamodules.curation.prompts import UnusableAnswerError, Value, read_prompt
-from datamodules.curation.synthesis import check_makes, draw, examples_of, values_of
+from datamodules.curation.synthesis import check_makes, draw, examples_of, needed_of, values_of
 from datamodules.job import Aside, Job, array_task, made_from
 from datamodules.sample import BadExampleError, Example, Item, key_of
 from datamodules.shards import Split
@@ -79,8 +80,9 @@ def generate(
     total = num_records or 0 if records is None else min(len(records), num_records or len(records))
     if min(total, samples, attempts) < 1:
         raise ValueError(f"num_records is {num_records}, samples {samples}, attempts {attempts}; each must be at least 1")
-    example = None if records is None else records.read(0)
-    check_makes(shown, {"number"} if example is None else set(values_of(example, column)) | drawn.keys())
+    known = {"number"} if records is None else _names(records, range(min(total, block_size)), column)
+    check_makes(shown, known | drawn.keys())
+    needed = needed_of(shown, drawn)
     made_by = {
         "stage": "generate",
         "prompt": shown.name,
@@ -98,7 +100,7 @@ def generate(
     kept = Answers(Path(answers or job.out / "answers"), llm, budget, job.own_blocks)
     for block in job.blocks(console):
         counts, aside, asked = Counter[str](), list[Aside](), list[tuple[str, dict[str, Value], dict[str, Any]]]()
-        for key, values in _records(records, job.positions(block), column, counts, aside):
+        for key, values in _records(records, job.positions(block), column, needed, counts, aside):
             for sample in range(samples):
                 own = f"{key}-{sample}" if samples > 1 else key
                 more, told = draw(shown, drawn, seed, own)
@@ -128,8 +130,19 @@ def prompt_file(name: str) -> Path:
     return Path(name) if name.endswith(".yaml") else CONF / "prompts" / f"{name}.yaml"
 
 
+def _names(split: Split, positions: range, column: str) -> set[str]:
+    """What any of some records has that a prompt can name."""
+    names: set[str] = set()
+    for position in positions:
+        with suppress(BadExampleError, UnusableAnswerError):
+            names |= values_of(split.read(position), column).keys()
+    if not names:
+        raise ValueError(f"none of the first {len(positions)} records of {split.folder} has a {column} with any content")
+    return names
+
+
 def _records(
-    split: Split | None, positions: range, column: str, counts: Counter[str], aside: list[Aside]
+    split: Split | None, positions: range, column: str, needed: set[str], counts: Counter[str], aside: list[Aside]
 ) -> Iterator[tuple[str, dict[str, Value]]]:
     """Key and values of records that can be shown, each content once."""
     seen: set[int] = set()
@@ -140,7 +153,7 @@ def _records(
             continue
         key = key_of(split.key(position))
         try:
-            values = values_of(split.read(position), column)
+            values = values_of(split.read(position), column, needed)
         except (BadExampleError, UnusableAnswerError) as error:
             aside.append(Aside(key, error.cause, str(error)))
             continue

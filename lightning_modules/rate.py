@@ -151,7 +151,8 @@ class Rater:
         shown, values = [], []
         for example in examples:
             try:
-                values.append(values_of(example, "target"))
+                column = "query" if example.target is None else "target"  # what has a label has no passage
+                values.append(values_of(example, column, self.prompt.fields))
                 shown.append(example)
             except UnusableAnswerError as error:
                 aside.append(Aside(example.key, error.cause, str(error)))

@@ -103,12 +103,22 @@ def test_another_attempt_has_another_seed_and_the_same_run_the_same(passages, pr
 
 
 def test_empty_and_repeated_passages_cost_nothing(prompt, tmp_path):
-    texts = ["one tells of a.", "  ", "two tells of b.", "one  tells of a.", "one tells of a."]
+    texts = [" ", "one tells of a.", "two tells of b.", "one  tells of a.", "one tells of a."]
     write_split(tmp_path / "s", [Example(f"{n}", target=text_item(text)) for n, text in enumerate(texts)])
     llm = Scripted(asks)
     generate(prompt, llm, str(tmp_path / "out"), source=str(tmp_path / "s"))
     assert len(llm.asked) == 2
     assert Split(tmp_path / "out").manifest["about"]["aside"] == {"duplicate passage": 2, "empty passage": 1}
+
+
+def test_a_record_that_lacks_what_is_shown_goes_aside(tmp_path):
+    (tmp_path / "p.yaml").write_text(PROMPT.replace("In {language}", "By {author}, in {language}"))
+    metas = ({"author": "A"}, None, {"author": ["no", "word"]}, {"author": "B"})
+    source, out = str(tmp_path / "s"), str(tmp_path / "out")
+    write_split(source, [Example(f"{n}", target=text_item(f"it tells of {n}."), meta=meta) for n, meta in enumerate(metas)])
+    generate(str(tmp_path / "p.yaml"), Scripted(lambda request: {"query": "fine"}), out, source=source)
+    assert Split(out).keys == ["0", "3"]
+    assert Split(out).manifest["about"]["aside"] == {"no author": 2}
 
 
 def test_stages_build_on_each_other(tmp_path):
@@ -172,8 +182,8 @@ def test_what_cannot_work_is_refused_before_anything_is_asked(passages, prompt, 
     wrong: list[tuple[dict[str, Any], str]] = [
         ({}, "give source, .* or num_records"),
         ({"source": passages, "samples": 0}, "each must be at least 1"),
-        ({"source": passages, "column": "query"}, "no query"),
-        ({"num_records": 2}, r"makes something of \{passage\}; there are language, number, query"),
+        ({"source": passages, "column": "query"}, "none of the first 8 records of .* has a query with any content"),
+        ({"num_records": 2}, r"names \{passage\}, which no record has; there are language, number, query"),
         ({"source": str(tmp_path / "none")}, "no shards in"),
     ]
     for more, message in wrong:

@@ -210,9 +210,10 @@ def test_an_empty_field_or_a_score_that_is_none_is_refused():
         ({"examples": []}, "needs `answer`, and `makes`"),
         ({"examples": [{"label": "x"}]}, "an example has query or target"),
         ({"examples": [{"query": "x", "title": "y"}]}, "an example has query or target"),
-        ({"examples": [{"query": "{nobody}"}]}, r"makes something of \{nobody\}; there are passage, q, query, shown"),
+        ({"examples": [{"query": "{nobody}"}]}, r"names \{nobody\}, which no record has; there are passage, q, query, shown"),
         ({"examples": [{"query": "x"}], "tail": 0.5}, "`tail` is a share"),
         ({"examples": [{"query": "{item}"}], "each": "q"}, "'q', which is no array"),
+        ({"examples": [{"query": "{item}"}]}, r"names \{item\}, but its makes has no `each`"),
     ],
 )
 def test_makes_that_cannot_work_is_refused_before_anything_is_asked(makes, message):
@@ -222,5 +223,5 @@ def test_makes_that_cannot_work_is_refused_before_anything_is_asked(makes, messa
 
 def test_a_prompt_that_shows_what_records_do_not_have_is_refused():
     found = prompt(user="{person}", answer=ANSWER, makes={"examples": [{"query": "{query}"}]})
-    with pytest.raises(ValueError, match=r"shows \{person\}; records have passage, query"):
+    with pytest.raises(ValueError, match=r"names \{person\}, which no record has; there are passage, query"):
         check_makes(found, {"passage"})

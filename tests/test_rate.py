@@ -110,6 +110,17 @@ def test_a_candidate_without_a_rating_is_left_out_and_counted(mined, tmp_path):
     assert made.manifest["about"]["counts"]["candidates without relevance: longer than the context"] == 1
 
 
+def test_texts_with_a_label_are_rated_too(tmp_path):
+    (tmp_path / "p.yaml").write_text("user: '{query} is {label}?'\nanswer: {score: {type: integer}}")
+    write_split(tmp_path / "s", [Example("a", text_item("it is bad"), label="sad"), Example("b", text_item("so good"))])
+    raters = {"fits": RaterSpec(str(tmp_path / "p.yaml"))}
+    rate(str(tmp_path / "s"), raters, Scripted(lambda request: {"score": 4}), str(tmp_path / "out"))
+    made = Split(tmp_path / "out")
+    assert made.keys == ["a"]
+    assert (made.read(0).meta or {})["ratings"]["fits"]["value"] == 4
+    assert made.manifest["about"]["aside"] == {"no label": 1}
+
+
 def test_an_example_whose_own_target_cannot_be_rated_goes_aside(mined, tmp_path):
     source, corpus = mined
     llm = Scripted(lambda r: Answer(error="refused") if "my own yew" in r.messages[-1].text else -1.0)

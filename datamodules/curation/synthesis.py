@@ -13,7 +13,7 @@ Source: FRet (Gecko, arXiv 2403.20327); Gemini Embedding (arXiv 2503.07891) for 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from datamodules.curation.prompts import FIELD, Prompt, UnusableAnswerError, Value, filled, text_of
@@ -25,15 +25,16 @@ SOURCE = "source"
 FIELDS = ("query", "target", "negatives", "label", "score")
 
 
-def values_of(example: Example, column: str) -> dict[str, Value]:
+def values_of(example: Example, column: str, needed: Iterable[str] = ()) -> dict[str, Value]:
     """What a prompt can name of a record: its items, label, score, and what its `meta` holds in words and numbers.
 
     Args:
         example: The record.
         column: `query` or `target`: the item that is `passage`, and gives `title`.
+        needed: Names that it must have.
 
     Raises:
-        UnusableAnswerError: It has no such item, or one without any content.
+        UnusableAnswerError: It has no such item, or one without any content, or lacks a name.
     """
     passage: Item | None = getattr(example, column)
     if passage is None or not any(part.data.strip() for part in passage.parts):
@@ -49,7 +50,17 @@ def values_of(example: Example, column: str) -> dict[str, Value]:
         "score": example.score,
     }
     values |= {name: value for name, value in named.items() if value is not None}
-    return values | {"passage": passage, "title": passage.title or "none"}
+    values |= {"passage": passage, "title": passage.title or "none"}
+    if missing := sorted(set(needed) - values.keys()):
+        raise UnusableAnswerError(f"no {', '.join(missing)}", f"no {missing[0]}")
+    return values
+
+
+def needed_of(prompt: Prompt, drawn: Iterable[str] = ()) -> set[str]:
+    """The names that a record has to fill: shown by a prompt or used by what it makes, and neither drawn nor answered."""
+    examples = (prompt.makes or {}).get("examples") or []
+    names = prompt.fields.union(*(_names(list(example.values())) for example in examples))
+    return names - prompt.draws.keys() - (prompt.answer or {}).keys() - set(drawn) - {"item"}
 
 
 def draw(prompt: Prompt, splits: Mapping[str, Split], seed: int, key: str) -> tuple[dict[str, Value], dict[str, str]]:
@@ -74,7 +85,12 @@ def draw(prompt: Prompt, splits: Mapping[str, Split], seed: int, key: str) -> tu
 
 
 def check_makes(prompt: Prompt, known: set[str]) -> None:
-    """Raises ValueError when a prompt does not say what its answers become, or names what nothing fills."""
+    """Raises ValueError when a prompt does not say what its answers become, or names what nothing fills.
+
+    Args:
+        prompt: As it was read.
+        known: Names that records have, and that are drawn from splits.
+    """
     makes = prompt.makes or {}
     examples = makes.get("examples")
     if prompt.answer is None or not isinstance(examples, list) or not examples or makes.keys() - {"examples", "each", "tail"}:
@@ -83,18 +99,15 @@ def check_makes(prompt: Prompt, known: set[str]) -> None:
         raise ValueError(f"the prompt {prompt.name}: `tail` is a share above 0 of the list that `each` names")
     if "each" in makes and prompt.answer.get(makes["each"], {}).get("type") != "array":
         raise ValueError(f"the prompt {prompt.name}: `each` is {makes['each']!r}, which is no array of its answer")
-    known = known | prompt.draws.keys() | prompt.answer.keys() | ({"item"} if "each" in makes else set())
     for example in examples:
         if not isinstance(example, dict) or example.keys() - set(FIELDS) or not example.keys() & {"query", "target"}:
-            raise ValueError(
-                f"the prompt {prompt.name} makes {example!r}; an example has query or target, of {', '.join(FIELDS)}"
-            )
-        if strangers := sorted(set(_names(list(example.values()))) - known):
-            raise ValueError(
-                f"the prompt {prompt.name} makes something of {{{strangers[0]}}}; there are {', '.join(sorted(known))}"
-            )
-    if strangers := sorted(prompt.fields - known):
-        raise ValueError(f"the prompt {prompt.name} shows {{{strangers[0]}}}; records have {', '.join(sorted(known))}")
+            allowed = ", ".join(FIELDS)
+            raise ValueError(f"the prompt {prompt.name} makes {example!r}; an example has query or target, of {allowed}")
+        if "each" not in makes and "item" in _names(list(example.values())):
+            raise ValueError(f"the prompt {prompt.name} names {{item}}, but its makes has no `each`")
+    if strangers := sorted(needed_of(prompt) - known):
+        there = ", ".join(sorted(known | prompt.draws.keys() | prompt.answer.keys()))
+        raise ValueError(f"the prompt {prompt.name} names {{{strangers[0]}}}, which no record has; there are {there}")
 
 
 def examples_of(
