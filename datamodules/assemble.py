@@ -9,6 +9,7 @@ Source: Gemini Embedding (arXiv 2503.07891) and Gecko (arXiv 2403.20327), see `d
 
 import dataclasses
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +21,16 @@ from rich.progress import track
 
 from datamodules.curation.candidates import Candidate, Selected, Selection, candidates_of, require_corpus, select
 from datamodules.curation.card import counted, write_card
+from datamodules.curation.card import made_by as chain
 from datamodules.curation.near_duplicates import FINGERPRINT, THRESHOLD, fingerprint, near_pairs, overlaps
 from datamodules.job import Aside, Job, array_task, made_from
 from datamodules.order import generator
 from datamodules.sample import BadExampleError, Example, Item, content_id_of_label, key_of, text_item
 from datamodules.shards import Split
 
-RECORD = np.dtype([("pair", FINGERPRINT, 2), ("label", "<i8"), ("judged", "?"), ("bad", "?")])
+RECORD = np.dtype([("pair", FINGERPRINT, 2), ("label", "<i8"), ("judged", "?"), ("bad", "?"), ("asks", "?")])
+MAX_DRAWS = 20  # of a text of a class, before the only one there is is taken to be the record's own
+READ_AT_ONCE = 1000
 COLUMNS = ("query", "target")
 
 
@@ -80,19 +84,17 @@ def assemble(
     if licence is not None:
         made_by["licence"] = licence
     job = Job(out, made_by, len(records), block_size, array_task(array_index, array_size))
-    benchmarks = _benchmarks(judged or [], console)
-    if all(job.is_done(block) for block in range(job.num_blocks)):
-        missing = 0
-    else:
-        missing = _fingerprints(job, records, benchmarks, near, console)
+    is_done = all(job.is_done(block) for block in range(job.num_blocks))
+    benchmarks = _benchmarks([] if is_done else judged or [], console)
+    missing = 0 if is_done else _fingerprints(job, records, benchmarks, near, console)
     if missing:
         console.print(f"fingerprints of {missing} of {job.num_blocks} blocks are missing (of other tasks); run the array again")
         return
     todo = [block for block in job.own_blocks if not job.is_done(block)]
-    found = _Whole(job, near, classes) if todo else None
+    found, made_by_all = (_Whole(job, near, classes), chain(records)) if todo else (None, [])
     for block in job.blocks(console):
         assert found is not None
-        _Block(job, block, records, passages, selection, classes, benchmarks, near, found).write()
+        _Block(job, block, records, passages, selection, classes, benchmarks, near, found, made_by_all).write()
     if job.finish(console) is not None:
         write_card(job.out)
         console.print(f"data card in {job.out / 'README.md'}", soft_wrap=True)
@@ -108,19 +110,27 @@ def _fingerprints(job: Job, records: Split, benchmarks: np.ndarray, near: float 
             try:
                 example = records.read(position)
                 rows["label"][row] = 0 if example.label is None else content_id_of_label(example.label)
-                items += [example.query, example.target if example.label is None else None]
+                rows["asks"][row] = example.query is not None
+                items += [example.query, _passage(example)]
             except BadExampleError:
                 rows["bad"][row] = True
                 items += [None, None]
-        rows["pair"] = fingerprint(items).reshape(-1, 2)
-        for column in range(2):
-            rows["judged"] |= _overlaps(rows["pair"][:, column], benchmarks, near)
+        found = fingerprint(items)
+        rows["judged"] = _overlaps(found, benchmarks, near).reshape(-1, 2).any(1)
+        named = [n for n, item in enumerate(items) if n % 2 and item is None]  # a record without a passage is told by its label
+        found[named] = fingerprint([text_item(f"label {rows['label'][n // 2]}") for n in named])
+        rows["pair"] = found.reshape(-1, 2)
         file = _file(job, block)
         file.parent.mkdir(exist_ok=True)
         beside = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        with beside.open("wb") as opened:
-            np.save(opened, rows)
-        os.replace(beside, file)
+        try:
+            with beside.open("wb") as opened:
+                np.save(opened, rows)
+            os.replace(beside, file)
+        except OSError as error:
+            raise OSError(error.errno, f"could not write {file}: {error.strerror or error}") from error
+        finally:
+            beside.unlink(missing_ok=True)
     return sum(not _file(job, block).is_file() for block in range(job.num_blocks))
 
 
@@ -128,15 +138,23 @@ def _file(job: Job, block: int) -> Path:
     return job.out / "fingerprints" / f"{block:06d}.npy"
 
 
+def _passage(example: Example) -> Item | None:
+    """An example's target, unless it only says the label."""
+    if example.target is None or example.label is None:
+        return example.target
+    return None if example.target.content_id == text_item(example.label.replace("_", " ")).content_id else example.target
+
+
 def _benchmarks(folders: Sequence[str], console: Console) -> np.ndarray:
     """Fingerprints of all queries and targets of some splits."""
-    items = []
+    rows = [np.zeros(0, FINGERPRINT)]
     for folder in folders:
         split = Split(folder)
-        for position in track(range(len(split)), f"reading {folder}", console=console, transient=True):
-            example = split.read(position)
-            items += [item for item in (example.query, None if example.label else example.target) if item is not None]
-    return fingerprint(items)
+        for first in track(range(0, len(split), READ_AT_ONCE), f"reading {folder}", console=console, transient=True):
+            some = (split.read(position) for position in range(first, min(len(split), first + READ_AT_ONCE)))
+            items = [item for example in some for item in (example.query, _passage(example)) if item is not None]
+            rows.append(fingerprint(items))
+    return np.concatenate(rows)
 
 
 def _overlaps(rows: np.ndarray, benchmarks: np.ndarray, near: float | None) -> np.ndarray:
@@ -149,27 +167,32 @@ class _Whole:
     """What only all records together tell: what comes twice, and which records are of a class."""
 
     def __init__(self, job: Job, near: float | None, classes: str | None) -> None:
-        rows = np.lib.format.open_memmap(job.out / f".rows.{os.getpid()}", "w+", RECORD, (job.num_records,))
-        try:
+        with tempfile.TemporaryFile(dir=job.out) as file:  # without a name: it goes with the process
             for block in range(job.num_blocks):
                 piece = np.load(_file(job, block), allow_pickle=False)
                 if piece.dtype != RECORD or len(piece) != len(job.positions(block)):
                     raise ValueError(f"{_file(job, block)} is damaged; delete it, and it is made again")
-                rows[job.positions(block).start : job.positions(block).stop] = piece
+                file.write(piece.tobytes())
+            file.flush()
+            rows = np.memmap(file, RECORD, "r", shape=(job.num_records,))
             self.labels, self.bad, self.judged = (np.array(rows[name]) for name in ("label", "bad", "judged"))
-            contents = np.stack([rows["pair"]["content"][:, column] for column in range(2)] + [self.labels], 1)
-            self.same = _firsts(contents)
-            self.near = self.same
-            if near is not None:  # of a record without a target, the label decides
-                heads = near_pairs(rows["pair"], threshold=near)
-                self.near = np.where(contents[heads, 2] == contents[:, 2], heads, np.arange(len(rows)))
-        finally:
-            (job.out / f".rows.{os.getpid()}").unlink()
-        usable = np.flatnonzero(~self.bad & ~self.judged & (self.near == np.arange(len(self.near))) & (self.labels != 0))
+            self.contents = np.array(rows["pair"]["content"])
+            self.same = _firsts(np.column_stack([self.contents, self.labels]))
+            self.near = self.same if near is None else near_pairs(rows["pair"], threshold=near)
+            is_usable = rows["asks"] & ~self.bad & ~self.judged & (self.near == np.arange(len(rows))) & (self.labels != 0)
+            usable = np.flatnonzero(is_usable)
+        self._by_query = np.argsort(self.contents[:, 0], kind="stable")
+        self._queries = self.contents[self._by_query, 0]
         order = usable[np.argsort(self.labels[usable], kind="stable")]
         self.names, first = np.unique(self.labels[order], return_index=True)
         pieces = np.split(order, first[1:]) if classes and len(first) else []
         self.classes = dict(zip(self.names.tolist(), pieces, strict=False))
+
+    def targets_of(self, position: int) -> set[int]:
+        """Contents of the targets of all records with the same query."""
+        query = self.contents[position, 0]
+        first, end = (int(np.searchsorted(self._queries, query, side)) for side in ("left", "right"))
+        return set(self.contents[self._by_query[first:end], 1].tolist())
 
 
 def _firsts(contents: np.ndarray) -> np.ndarray:
@@ -191,6 +214,7 @@ class _Block:
     benchmarks: np.ndarray
     near: float | None
     whole: _Whole
+    made_by: list[dict[str, Any]]
 
     def write(self) -> None:
         counts, aside, examples = Counter[str](), list[Aside](), list[Example]()
@@ -228,38 +252,53 @@ class _Block:
         return "near duplicate" if self.whole.near[position] != position else None
 
     def _selected(self, kept: dict[int, Example], counts: Counter[str]) -> dict[int, Example]:
-        """The examples with the positives and hard negatives that were chosen, apart from benchmarks too."""
-        chosen = {at: select(example, candidates_of(example), self.selection) for at, example in kept.items()}
-        named = [one for found in chosen.values() for one in (found.positive, *found.negatives) if one is not None]
-        items = {int(one["position"]): self._read(one) for one in named}
-        judged = dict(zip(items, _overlaps(fingerprint(list(items.values())), self.benchmarks, self.near), strict=True))
-        return {at: self._with(example, chosen[at], items, judged, counts) for at, example in kept.items()}
+        """The examples with the positives and hard negatives that were chosen.
 
-    def _with(
-        self, example: Example, chosen: Selected, items: dict[int, Item], judged: dict[int, Any], counts: Counter[str]
-    ) -> Example:
-        counts.update({f"candidates left out: {cause}": number for cause, number in chosen.left_out.items()})
+        Left out before that are candidates of a benchmark, and those that are known to be relevant: other records' targets of
+        the same query, and what `relevant` grades above 0.
+        """
+        candidates = {at: candidates_of(example) for at, example in kept.items()}
+        places = sorted({one["position"] for found in candidates.values() for one in found if one["position"] is not None})
+        some = [places[first : first + READ_AT_ONCE] for first in range(0, len(places), READ_AT_ONCE)]
+        rows = np.concatenate([np.zeros(0, FINGERPRINT), *(fingerprint([*map(self._read, own)]) for own in some)])
+        row_of, judged = {place: n for n, place in enumerate(places)}, _overlaps(rows, self.benchmarks, self.near)
+        chosen = {}
+        for at, example in kept.items():
+            known, allowed = self.whole.targets_of(at) - {int(self.whole.contents[at, 1])}, []
+            for one in candidates[at]:
+                row = row_of.get(one["position"])
+                content = example.target.content_id if row is None and example.target else int(rows["content"][row or 0])
+                if row is not None and judged[row] and not one.get("is_target"):
+                    counts["candidates left out: in a benchmark"] += 1
+                elif not one.get("is_target") and (content in known or (example.relevant or {}).get(one["key"], 0) > 0):
+                    counts["candidates left out: known to be relevant"] += 1
+                else:
+                    allowed.append({**one, "content": content})
+            found = select(example, allowed, self.selection)
+            counts.update({f"candidates left out: {cause}": number for cause, number in found.left_out.items()})
+            positive = None if found.positive is None else rows[row_of[found.positive["position"]]]
+            chosen[at] = self._with(
+                example, found, rows[[row_of[one["position"]] for one in found.negatives]], positive, counts
+            )
+        return chosen
+
+    def _with(self, example: Example, chosen: Selected, rows: np.ndarray, positive: Any, counts: Counter[str]) -> Example:
+        """The example with what was chosen; its own negatives stay behind the mined ones."""
         provenance: dict[str, Any] = dict((example.meta or {}).get("provenance") or {})
         target = example.target
-        if chosen.positive is not None and judged[chosen.positive["position"]]:
-            counts["positives left out: in a benchmark"] += 1
-        elif chosen.positive is not None:
+        if chosen.positive is not None:
             counts["positives that are not the seed"] += 1
-            target, provenance["target"] = items[chosen.positive["position"]], self._origin(chosen.positive)
-        negatives, origins = [], []
-        for candidate in chosen.negatives:
-            item = items[candidate["position"]]
-            if target is not None and item.content_id == target.content_id:
-                counts["candidates left out: equal to the positive"] += 1
-            elif judged[candidate["position"]]:
-                counts["candidates left out: in a benchmark"] += 1
-            else:
-                negatives.append(item)
-                origins.append(self._origin(candidate))
-        if origins:
-            provenance["negatives"] = origins
+            target, provenance["target"] = self._named(chosen.positive), self._origin(chosen.positive)
+        near = _overlaps(rows, fingerprint([target]) if positive is None else positive[None], self.near)
+        counts["candidates left out: near the positive"] += int(near.sum())
+        mined = [one for one, is_near in zip(chosen.negatives, near, strict=True) if not is_near]
+        negatives = (*map(self._named, mined), *example.negatives)
+        own = provenance.get("negatives", [])
+        own = own if isinstance(own, list) else [own] * len(example.negatives)
+        if negatives:
+            provenance["negatives"] = [*map(self._origin, mined), *own]
         meta = {**(example.meta or {}), "provenance": provenance}
-        return dataclasses.replace(example, target=target, negatives=tuple(negatives), meta=meta)
+        return dataclasses.replace(example, target=target, negatives=negatives, meta=meta)
 
     def _classified(self, example: Example, position: int) -> Example:
         """The example with its label or another text of its class as target, and one of another class as hard negative."""
@@ -269,14 +308,16 @@ class _Block:
         others = self.whole.names[self.whole.names != self.whole.labels[position]]
         if not len(others):
             raise ValueError(f"all records have the label {example.label!r}; classes needs at least two")
-        other = self.records.read(int(random.choice(self.whole.classes[int(random.choice(others))])))
-        own = self.whole.classes[int(self.whole.labels[position])]
-        own = own[own != position]
-        if self.classes == "label" or not len(own):
-            target, negative = (text_item(label.replace("_", " ")) for label in (example.label, str(other.label)))
+        taken = {None if example.query is None else example.query.content_id}
+        same = self._drawn(random, [int(self.whole.labels[position])], taken) if self.classes == "text" else None
+        taken.add(None if same is None or same.query is None else same.query.content_id)
+        other = self._drawn(random, others, taken)
+        if other is None:
+            raise ValueError(f"every text of the classes beside {example.label!r} is one of its own too; classes needs others")
+        if same is None:
+            target, negative = (text_item(str(label).replace("_", " ")) for label in (example.label, other.label))
             origins: list[dict[str, Any]] = [{"by": "label"}, {"by": "label of another class"}]
         else:
-            same = self.records.read(int(random.choice(own)))
             assert same.query is not None
             assert other.query is not None
             target, negative = same.query, other.query
@@ -285,14 +326,39 @@ class _Block:
         meta = {**(example.meta or {}), "provenance": provenance}
         return dataclasses.replace(example, target=target, negatives=(negative,), meta=meta)
 
-    def _read(self, candidate: Candidate) -> Item:
+    def _drawn(self, random: np.random.Generator, classes: Any, taken: set[int | None]) -> Example | None:
+        """A record of one of some classes whose text is not taken; None if none of several is met."""
+        for _ in range(MAX_DRAWS):
+            members = self.whole.classes.get(int(random.choice(classes)))
+            if members is None:
+                continue
+            drawn = self.records.read(int(random.choice(members)))
+            if drawn.query is not None and drawn.query.content_id not in taken:
+                return drawn
+        return None
+
+    def _named(self, candidate: Candidate) -> Item:
+        found = self._read(candidate["position"], candidate["key"])
+        assert found is not None
+        return found
+
+    def _read(self, position: int, key: str | None = None) -> Item | None:
         assert self.corpus is not None
-        found = self.corpus.read(int(candidate["position"]))
-        if key_of(found.key) != key_of(candidate["key"]) or found.target is None:
-            raise ValueError(f"{self.corpus.folder} is not the split that candidate {candidate['key']!r} was mined from")
+        found = self.corpus.read(position)
+        if key is not None and key_of(found.key) != key_of(key):
+            raise ValueError(f"{self.corpus.folder} is not the split that candidate {key!r} was mined from")
         return found.target
 
     def _origin(self, candidate: Candidate) -> dict[str, Any]:
-        scores = {name: value for name, value in candidate.items() if name not in ("position", "is_target")}
-        mined_by = self.records.manifest["about"].get("made_by", {})
-        return {"by": "mine", "corpus": mined_by.get("corpus", str(self.corpus and self.corpus.folder)), **scores}
+        """Where a mined item came from: by which encoder, and its scores with who gave them."""
+        scores = {name: value for name, value in candidate.items() if name not in ("position", "is_target", "content")}
+        mined = next((step for step in self.made_by if step["stage"] == "mine"), {})
+        rated = {
+            name: {"prompt": f"{rater['prompt']}@{rater['prompt_sha256'][:16]}", "llm": step["llm"], "seed": step["seed"]}
+            for step in self.made_by
+            if step["stage"] == "rate"
+            for name, rater in step["raters"].items()
+            if name in scores
+        }
+        by = {"by": "mine", "corpus": str(self.corpus and self.corpus.folder), "checkpoint": mined.get("checkpoint")}
+        return by | scores | ({"rated": rated} if rated else {})

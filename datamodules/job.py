@@ -101,10 +101,13 @@ class Job:
         """The blocks of this task, done or not."""
         return range(self.task.index, self.num_blocks, self.task.size)
 
-    def blocks(self, console: Console) -> Iterator[int]:
-        """The blocks that are to be done here, with a progress bar."""
-        own = self.own_blocks
-        missing = [block for block in own if not self.is_done(block)]
+    def todo(self) -> list[int]:
+        """The blocks that are to be done here."""
+        return [block for block in self.own_blocks if not self.is_done(block)]
+
+    def blocks(self, console: Console, todo: list[int] | None = None) -> Iterator[int]:
+        """The blocks that are to be done here, as they were told or are now, with a progress bar."""
+        own, missing = self.own_blocks, self.todo() if todo is None else todo
         if len(missing) < len(own):
             console.print(f"{len(own) - len(missing)} of {len(own)} blocks had been done and are left as they are")
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
@@ -170,7 +173,7 @@ class Job:
             if not names:
                 raise ValueError(f"nothing was kept of {self.num_records:,} records: {told(causes)}; see {self.out / BLOCKS}")
             about = {"made_by": self.made_by, "counts": dict(sorted(counts.items())), "aside": dict(causes.most_common())}
-            if found is None or found["about"] != about:
+            if found is None or found["about"] != about or {s["name"]: s["sha256"] for s in found["shards"]} != names:
                 found = write_index(self.out, Store(self.out), list(names), about=about, console=console)
                 changed = [shard["name"] for shard in found["shards"] if shard["sha256"] != names[shard["name"]]]
                 if changed:
@@ -210,8 +213,20 @@ class Job:
 def made_from(folder: str, split: Split) -> dict[str, Any]:
     """What a job's `made_by` says of the split that it goes over."""
     about = split.manifest["about"]
-    licence = about.get("licence") or about.get("made_by", {}).get("licence")
-    return {"source": folder, "source_digest": split.digest, "licence": licence}
+    before = made_by_of(split)
+    inherited = {name: before[name] for name in ("corpus", "corpus_digest") if before.get(name) is not None}
+    return {
+        "source": folder,
+        "source_digest": split.digest,
+        "licence": about.get("licence") or before.get("licence"),
+        **inherited,
+    }
+
+
+def made_by_of(split: Split) -> dict[str, Any]:
+    """What the job that wrote a split was begun with; empty where it was no job."""
+    found = split.manifest["about"].get("made_by")
+    return found if isinstance(found, dict) and "stage" in found else {}
 
 
 def told(causes: Mapping[str, int]) -> str:

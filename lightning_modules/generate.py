@@ -62,7 +62,8 @@ def generate(
         attempts: How often an answer of no use is asked for, the first time included.
         seed: Of draws and answers.
         budget: What the answers may cost, for each task of an array.
-        answers: Folder where answers are kept; None is `<out>/answers`. Another job may take them up there after this one.
+        answers: Folder where answers are kept; None is `<out>/answers`. Another job of the same block size may take them
+            up there after this one; what they cost counts in its budget too.
         block_size: Records of a block: held in memory, written as one shard, shared out to the tasks of an array.
         array_index: Which task this is, from 0; None takes Slurm's, or does all.
         array_size: Of how many.

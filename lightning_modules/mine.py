@@ -145,9 +145,9 @@ def _embedded(
     may_lack: str | None = None,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """This task's blocks that are not done, with their items' content ids (N,) and vectors (N, D)."""
-    own = [block for block in range(job.task.index, job.num_blocks, job.task.size) if not job.is_done(block)]
+    own = job.todo()
     embedded = encoder.embedded(split, prompts, [job.positions(block) for block in own], may_lack=may_lack)
-    for block, (ids, vectors) in zip(job.blocks(console), embedded, strict=True):
+    for block, (ids, vectors) in zip(job.blocks(console, own), embedded, strict=True):
         yield block, ids, vectors
 
 

@@ -95,8 +95,10 @@ def rate(
     records = Split(source)
     for name, spec in raters.items():
         _check(name, spec, prompts[name], corpus)
-    if not raters or attempts < 1:
-        raise ValueError("give raters, and attempts of at least 1: raters={quality: {prompt: quality, at_least: 3}}")
+    if not raters or attempts < 1 or (num_records is not None and num_records < 1):
+        raise ValueError(
+            "give raters, as {quality: {prompt: quality, at_least: 3}}, and attempts and num_records of at least 1"
+        )
     passages = None if corpus is None else Split(corpus)
     require_corpus(records, passages)
     made_by = {
@@ -104,8 +106,7 @@ def rate(
         "raters": {name: {**asdict(spec), "prompt_sha256": prompts[name].sha256} for name, spec in raters.items()},
         "llm": llm.name,
         **made_from(source, records),
-        "corpus": corpus,
-        "corpus_digest": passages and passages.digest,
+        **({} if passages is None else {"corpus": corpus, "corpus_digest": passages.digest}),
         "sampling": asdict(sampling),
         "attempts": attempts,
         "seed": seed,
@@ -165,8 +166,9 @@ class Rater:
             if self.spec.at_least is not None and value < self.spec.at_least:
                 aside.append(Aside(example.key, f"{self.name} below {self.spec.at_least:g}", f"{value:g}: {more}"))
                 continue
-            rating = {"value": value, **more, "prompt": f"{self.prompt.name}@{self.prompt.sha256[:16]}"}
-            ratings = {**(example.meta or {}).get("ratings", {}), self.name: rating}
+            asked = {"prompt": f"{self.prompt.name}@{self.prompt.sha256[:16]}", "llm": self.answers.llm_name, "seed": self.seed}
+            before = (example.meta or {}).get("ratings")
+            ratings = {**(before if isinstance(before, dict) else {}), self.name: {**more, "value": value, **asked}}
             kept.append(dataclasses.replace(example, meta={**(example.meta or {}), "ratings": ratings}))
         return kept
 
@@ -175,7 +177,7 @@ class Rater:
     ) -> list[Example]:
         """Those whose own target could be rated, their candidates with a rating each; the others go aside."""
         assert corpus is not None
-        values, keys, mined = list[Mapping[str, Value]](), list[str](), []
+        values, keys, mined, unusable = list[Mapping[str, Value] | None](), list[str](), [], list[UnusableAnswerError]()
         for example in examples:
             mined.append(candidates_of(example))
             for candidate in mined[-1]:
@@ -185,9 +187,15 @@ class Rater:
                     raise ValueError(
                         f"candidate {candidate['key']!r} of {example.key!r} is not at its place in {corpus.folder}"
                     )
-                values.append({**values_of(read, "target"), "query": values_of(example, "query")["passage"]})
                 keys.append(f"{example.key} {candidate['key']}")
-        found = iter(self._ask(values, keys))
+                try:
+                    values.append({**values_of(read, "target"), "query": values_of(example, "query")["passage"]})
+                except UnusableAnswerError as error:
+                    values.append(None)
+                    unusable.append(error)
+        shown = [(own, key) for own, key in zip(values, keys, strict=True) if own is not None]
+        asked, without = iter(self._ask([own for own, _ in shown], [key for _, key in shown])), iter(unusable)
+        found = (next(without if own is None else asked) for own in values)
         rated = []
         for example, candidates in zip(examples, mined, strict=True):
             own, lost = [], None
@@ -210,12 +218,16 @@ class Rater:
         """Of each its rating and what else the answer says, or why there is none."""
         name = field_of(self.spec, self.prompt)
         asked = ask(self.prompt, values, keys, self.answers, sampling=self.sampling, seed=self.seed, attempts=self.attempts)
-        return [
-            found
-            if isinstance(found, UnusableAnswerError)
-            else (float(found[name]), {other: value for other, value in found.items() if other != name})
-            for found in asked
-        ]
+        return [found if isinstance(found, UnusableAnswerError) else _rating(found, name) for found in asked]
+
+
+def _rating(found: dict[str, Any], name: str) -> tuple[float, dict[str, Any]] | UnusableAnswerError:
+    """The rating and the other fields of an answer."""
+    try:
+        value = float(found[name])
+    except OverflowError:
+        return UnusableAnswerError(f"{name} has {len(str(found[name]))} digits", f"{name} is no number that can be used")
+    return value, {other: more for other, more in found.items() if other != name}
 
 
 def field_of(spec: RaterSpec, prompt: Prompt) -> str:
@@ -227,6 +239,8 @@ def field_of(spec: RaterSpec, prompt: Prompt) -> str:
 def _check(name: str, spec: RaterSpec, prompt: Prompt, corpus: str | None) -> None:
     """Raises ValueError for a rater that cannot work."""
     field = field_of(spec, prompt)
+    if prompt.answer is None and spec.field is not None:
+        raise ValueError(f"rater {name!r}: field is {spec.field!r}, but the prompt {prompt.name} has no answer with fields")
     if prompt.answer is not None and prompt.answer.get(field, {}).get("type") not in ("integer", "number"):
         raise ValueError(f"rater {name!r}: the prompt {prompt.name} has no number {field!r} in its answer; name it in `field`")
     if name in ("position", "key", "cosine", "is_target"):

@@ -114,6 +114,20 @@ def test_errors_are_kept_when_they_cost_something_and_would_come_again(tmp_path,
     assert len(llm.asked) == times
 
 
+def test_what_malformed_answers_cost_counts_in_later_runs_too(tmp_path):
+    llm = Scripted(lambda asked: Answer(error=MALFORMED, input_tokens=100))
+    for _ in range(3):
+        ask(tmp_path, llm, "a")
+    assert Answers(tmp_path, llm, Budget(), [0]).spending.input_tokens == 300
+
+
+def test_a_likelihood_that_is_not_finite_is_an_error(tmp_path):
+    llm = Scripted(lambda asked: Answer(log_likelihood=float("-inf"), input_tokens=1))
+    for _ in range(2):
+        assert ask(tmp_path, llm, "a")[0].error == "no finite likelihood"
+    assert len(llm.asked) == 1
+
+
 def test_an_error_that_no_model_answered_is_no_other_model(tmp_path):
     assert ask(tmp_path, Scripted(lambda asked: Answer(error="e", input_tokens=1), model=""), "a")[0].error == "e"
     assert [answer.error for answer in ask(tmp_path, Scripted(echo), "ab")] == ["e", None]

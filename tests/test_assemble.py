@@ -128,10 +128,61 @@ def test_what_a_benchmark_holds_becomes_neither_positive_nor_negative(judged, tm
     test = write(tmp_path / "test", pair("1", "q", "passage 0"), pair("2", "r", "passage 3"))
     assemble(judged[0], str(tmp_path / "out"), corpus=judged[1], selection=FUSED, judged=[test])
     found = made(tmp_path / "out")["better"]
-    assert (found.target, found.negatives) == (text_item("passage 1"), ())
+    assert (found.target, found.negatives) == (text_item("passage 1"), (text_item("passage 2"),))
     counts = Split(tmp_path / "out").manifest["about"]["counts"]
-    assert counts["positives left out: in a benchmark"] == 2
-    assert counts["candidates left out: in a benchmark"] == 1
+    assert counts["candidates left out: in a benchmark"] == 4
+
+
+def test_what_is_known_to_be_relevant_is_no_hard_negative(tmp_path):
+    """Targets of other records with the same query, and what `relevant` names."""
+    corpus = write(tmp_path / "corpus", *(Example(f"c{n}", target=text_item(f"passage {n}")) for n in range(5)))
+    near = [{"position": n, "key": f"c{n}", "cosine": 0.9 - n / 10} for n in range(5)]
+    twice = [
+        pair(
+            f"{n}",
+            "the query",
+            f"passage {n}",
+            meta={"candidates": [{**one, "is_target": one["position"] == n} for one in near]},
+        )
+        for n in (0, 4)
+    ]
+    graded = pair(
+        "r", "another", "passage 0", relevant={"c4": 1.0, "c3": 0.0}, meta={"candidates": near, "seed": {"cosine": 0.9}}
+    )
+    every = Selection(num_negatives=9, max_share=None)
+    assemble(write(tmp_path / "s", *twice, graded), str(tmp_path / "out"), corpus=corpus, selection=every)
+    texts = {key: {str(item.parts[0].data)[-1] for item in one.negatives} for key, one in made(tmp_path / "out").items()}
+    assert texts == {"0": set("123"), "4": set("123"), "r": set("123")}
+    assert Split(tmp_path / "out").manifest["about"]["counts"]["candidates left out: known to be relevant"] == 3
+
+
+def test_a_records_own_negatives_stay_behind_the_mined_ones(judged, tmp_path):
+    candidates = (Split(judged[0]).read(0).meta or {})["candidates"]
+    meta = {"candidates": candidates, "provenance": {"negatives": {"by": "generate", "prompt": "code_edit@1"}}}
+    source = write(tmp_path / "s", pair("k", "q", "passage 1", negatives=(text_item("own"),), meta=meta))
+    assemble(source, str(tmp_path / "out"), corpus=judged[1], selection=FUSED)
+    found = made(tmp_path / "out")["k"]
+    assert [item.parts[0].data for item in found.negatives] == ["passage 3", "own"]
+    assert [one["by"] for one in (found.meta or {})["provenance"]["negatives"]] == ["mine", "generate"]
+
+
+def test_passages_of_labelled_benchmarks_are_kept_apart_too(tmp_path):
+    source = write(
+        tmp_path / "s", pair("a", "one title", "an article"), pair("b", "two", "other"), pair("c", "title", "other", label="x")
+    )
+    judged = write(tmp_path / "test", pair("1", "title", "an article", label="sports"))
+    assemble(source, str(tmp_path / "out"), judged=[judged])
+    assert causes(tmp_path / "out") == {"a": "in a benchmark", "c": "in a benchmark"}
+
+
+def test_a_negative_near_the_positive_is_left_out(tmp_path):
+    texts = (LONG, LONG.replace("mayor", "king", 1), "something else")
+    corpus = write(tmp_path / "corpus", *(Example(f"c{n}", target=text_item(text)) for n, text in enumerate(texts)))
+    near = [{"position": n, "key": f"c{n}", "cosine": 0.9 - n / 2} for n in range(3)]
+    source = write(tmp_path / "s", pair("q", "query", LONG, meta={"candidates": near, "seed": {"cosine": 0.95}}))
+    assemble(source, str(tmp_path / "out"), corpus=corpus, selection=Selection(num_negatives=3, max_share=None))
+    assert made(tmp_path / "out")["q"].negatives == (text_item("something else"),)
+    assert Split(tmp_path / "out").manifest["about"]["counts"]["candidates left out: near the positive"] == 1
 
 
 def test_a_negative_that_is_the_positive_in_other_clothes_is_left_out(tmp_path):
@@ -162,11 +213,12 @@ def test_labels_become_targets_and_other_classes_hard_negatives(tmp_path):
     for one in examples:
         class_of.setdefault(str(one.query and one.query.parts[0].data), set()).add(one.label)
     drawn = made(tmp_path / "text")
-    for key, one in drawn.items():
+    for one in drawn.values():
         assert one.target is not None
         assert one.label in class_of[str(one.target.parts[0].data)]
-        assert one.target != one.query or key in ("0", "twice")
-        assert class_of[str(one.negatives[0].parts[0].data)] != {one.label}
+        assert one.target != one.query
+        assert class_of[str(one.negatives[0].parts[0].data)] - {one.label}
+        assert one.negatives[0] not in (one.query, one.target)
     assert len({str(one.target) for one in drawn.values()}) > 5
     with pytest.raises(ValueError, match="record 'a' has no label, which classes=label needs"):
         assemble(write(tmp_path / "none", pair("a", "b", "c")), str(tmp_path / "x"), classes="label")
@@ -183,7 +235,7 @@ def test_any_array_makes_the_same_wherever_it_was_stopped(tmp_path):
     many = str(tmp_path / "many")
     for index in (1, 0):
         assemble(source, many, block_size=7, array_index=index, array_size=2)
-    assert not list((tmp_path / "many").glob("*.json")) or not (tmp_path / "many" / "manifest.json").exists()
+    assert not (tmp_path / "many" / "manifest.json").exists()
     damaged = tmp_path / "many" / "fingerprints" / "000003.npy"
     whole = damaged.read_bytes()
     np.save(damaged, np.zeros(3))
@@ -193,7 +245,6 @@ def test_any_array_makes_the_same_wherever_it_was_stopped(tmp_path):
     assemble(source, many, block_size=7, array_index=1, array_size=2)
     assemble(source, many, block_size=7)
     assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
-    assert not list((tmp_path / "many").glob(".rows*"))
 
 
 def test_the_data_card_says_what_was_made_of_what(judged, tmp_path):

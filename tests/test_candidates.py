@@ -96,6 +96,13 @@ def test_guards_leave_out_what_may_be_relevant_and_count_it():
     assert found.left_out == {"relevance above 0.5": 2, "likelihood above -10": 1}
 
 
+def test_the_guards_hold_below_zero_too_and_for_the_positives_own_content():
+    cold = [candidate("a", -0.19, content=1), candidate("b", -0.2, is_target=True, content=2), candidate("c", -0.9, content=2)]
+    found = select(example(*cold), cold, Selection(num_negatives=9, max_share=0.9))
+    assert not found.negatives
+    assert found.left_out == {"cosine above 0.9 of the positive's": 1, "equal to the positive": 1}
+
+
 def test_a_seed_that_was_not_found_is_a_candidate_too():
     rest = [one for one in FIVE if one["key"] != "b"]
     found = candidates_of(example(*rest, seed=0.3))
@@ -127,7 +134,7 @@ def test_what_is_missing_is_named():
 def test_candidates_of_another_corpus_are_refused(tmp_path):
     for name in "ab":
         write_split(tmp_path / name, [Example("k", target=text_item(name))])
-    mined = {"made_by": {"corpus": "a", "corpus_digest": Split(tmp_path / "a").digest}}
+    mined = {"made_by": {"stage": "mine", "corpus": "a", "corpus_digest": Split(tmp_path / "a").digest}}
     write_split(tmp_path / "mined", [example(*FIVE)], about=mined)
     require_corpus(Split(tmp_path / "mined"), Split(tmp_path / "a"))
     with pytest.raises(ValueError, match=r"mined was mined from a and not from .*b as it is now"):

@@ -129,6 +129,9 @@ def test_stages_build_on_each_other(tmp_path):
         made = Split(tmp_path / name)
         assert len(made) == 10
         assert all(made.read(n).target.parts[0].data.split()[1] in "23" for n in range(10))  # type: ignore[union-attr]
+    llm = Scripted(lambda request: {"counterfactual": "if it were so", "factual": "it is so and not otherwise."})
+    generate("counterfactuals", llm, str(tmp_path / "c"), source=str(tmp_path / "products"))
+    assert len(Split(tmp_path / "c")) == 20  # keys of stages upon stages do not meet
     llm = Scripted(lambda request: {"review": f"{shown(request, 'Person: ')} says of {shown(request, 'Thing: ')}: hm"})
     persons = {"person": str(tmp_path / "persons")}
     generate("reviews", llm, str(tmp_path / "r"), source=str(tmp_path / "products"), splits=persons)
@@ -145,7 +148,7 @@ def test_media_are_shown(tmp_path):
     generate("captions", llm, str(tmp_path / "out"), source=str(tmp_path / "s"))
     assert [part.kind for part in llm.asked[0].messages[-1].parts] == ["image", "text"]
     made = Split(tmp_path / "out")
-    assert made.keys == ["0", "0-1", "1", "1-1"]
+    assert made.keys == ["0-0", "0-1", "1-0", "1-1"]
     assert made.read(3).target == examples[1].target
 
 
@@ -239,8 +242,11 @@ def test_the_command_as_a_user_runs_it_with_a_server_that_misbehaves_and_then_di
         assert "7 examples of 8 records" in said
         assert "1 set aside: 1 x no JSON" in said
         assert "answers of" in said
-        lines = [json.loads(line)["key"] for path in out.glob("answers/*.jsonl") for line in path.read_text().splitlines()]
-        assert len(lines) == len(set(lines)) == paid + asked == 10  # elm three times
+        lines = [json.loads(line) for path in out.glob("answers/*.jsonl") for line in path.read_text().splitlines()]
+        keys = [line["key"] for line in lines if line["error"] is None]
+        assert len(keys) == len(set(keys)) == 10  # elm three times
+        assert len(lines) == paid + asked
+        assert {line["error"] for line in lines} == {None, "malformed answer"}  # the one that was cut, for its costs
         through(server, passages, prompt, out)
         assert len(server.requests) == asked
     assert Split(out).keys == ["p0", "p1", "p3", "p4", "p5", "p6", "p7"]

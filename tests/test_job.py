@@ -89,6 +89,16 @@ def test_a_shard_that_was_changed_is_not_indexed(tmp_path):
         Split(tmp_path)
 
 
+def test_a_shard_made_anew_with_other_bytes_is_indexed_anew(tmp_path):
+    do(job_of(tmp_path))
+    job_of(tmp_path).finish(QUIET)
+    (tmp_path / "000001.tar").unlink()
+    job = job_of(tmp_path)
+    job.write(1, [Example(f"{n}", text_item(f"other {n}")) for n in (4, 5, 7)], {"records": 4}, [Aside("6", "third", "x")])
+    assert job.finish(QUIET)
+    assert Split(tmp_path).read(2).query == text_item("other 4")
+
+
 def test_another_making_is_refused_with_what_differs(tmp_path):
     do(job_of(tmp_path, prompt="a"), most=1)
     with pytest.raises(ValueError, match=r"was begun otherwise: prompt was 'a', now 'b'. Give another folder"):

@@ -27,7 +27,7 @@ def test_every_prompt_of_conf_can_be_used(path):
     found = read_prompt(path)
     if found.makes is not None:
         check_makes(found, {*found.fields, "passage"})
-        assert len(found.shots) >= (0 if path.stem == "captions" else 3 if path.stem == "swim_ir" else 1)
+        assert path.stem == "captions" or len(found.shots) >= (3 if path.stem == "swim_ir" else 1)
         answer = found.shots[0]["answer"] if found.shots else dict.fromkeys(found.answer or {}, "something else")
         values = {**dict.fromkeys(found.fields, "x"), "passage": text_item("shown"), **(found.shots or ({},))[0]}
         values["passage"] = text_item(str(values["passage"]))
@@ -114,16 +114,27 @@ def test_checks_hold_what_a_schema_cannot_say():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "it needs `user`"),
-        ("user: x\nusr: y\nanswer: {}", "not usr"),
+        ("[]", "is not of type 'object'"),
+        ("system: x", "'user' is a required property"),
+        ("user: x\nusr: y\nanswer: {}", "'usr' was unexpected"),
+        ("user: x\nanswer: {passage: {}}", "cannot be called passage"),
+        ("user: x\ngrades: {Yes: 1, No: 0}", "the key True is no text; put it in quotation marks"),
+        ("user: x\ngrades: [a, b]", "grades: .* is not of type 'object'"),
+        ("user: x\ncontinuation: 5", "continuation: 5 is not of type 'string'"),
+        ("user: x\nsystem: 5\nanswer: {}", "system: 5 is not of type 'string'"),
+        ("user: x\nanswer: {q: {}}\nmakes: [1]", "makes: .* is not of type 'object'"),
+        ("user: x\nanswer: {q: {}}\nmakes: {tail: half}", "makes.tail: 'half' is not of type 'number'"),
+        ("user: x\nanswer: {q: {}}\nmakes: {examples: [{query: x, negatives: y}]}", "negatives: 'y' is not of type 'array'"),
+        ("user: x\nanswer: {q: {}}\nmakes: {examples: [{query: {text: y}}]}", "is not valid under any of the given schemas"),
+        ("user: '{a}'\nanswer: {q: {}}\nchecks: {original: {q: b}}", "compares with b, which is neither shown nor answered"),
         ("user: x", "one of `answer`, `continuation` and `grades`"),
         ("user: x\nanswer: {}\ncontinuation: y", "one of `answer`"),
         ("user: x\nanswer: {q: {type: nothing}}", "'nothing' is not valid"),
-        ("user: x\nanswer: {q: {type: string}}\nchecks: {funny: {q: x}}", "no check funny"),
-        ("user: x\nanswer: {q: {type: string}}\nchecks: {original: {r: x}}", "names r, which an answer does not have"),
+        ("user: x\nanswer: {q: {type: string}}\nchecks: {funny: {q: q}}", "no check funny"),
+        ("user: x\nanswer: {q: {type: string}}\nchecks: {original: {r: q}}", "names r, which an answer does not have"),
         ("user: '{a}'\nanswer: {q: {type: string}}\nshots: [{answer: {q: x}}]", "shot 1 lacks a"),
         ("user: x\nanswer: {q: {type: string}}\nshots: [{answer: {q: 1}}]", "1 is not of type 'string'"),
-        ("user: x\nanswer: {}\ndraws: {a: []}", "no values to draw from"),
+        ("user: x\nanswer: {}\ndraws: {a: []}", "draws.a: .* should be non-empty"),
         ("user: !!python/name:os.system x", "cannot be used"),
         ("user: 'x", "cannot be used"),
     ],
@@ -178,7 +189,7 @@ def test_an_answer_becomes_the_examples_that_makes_says():
     assert first.query == Item((Part("text", "rename {edited}: "), Part("code", "def f")))
     assert first.target == text_item("def g", kind="code")
     assert first.negatives == (text_item("rename {edited}!"), values["passage"])
-    assert (first.key, first.label, first.score) == ("k", "c 2", 2.0)
+    assert (first.key, first.label, first.score) == ("k-0", "c 2", 2.0)
     assert first.meta == {"provenance": {name: {"by": "llm"} for name in ("query", "target", "negatives", "label", "score")}}
     assert (second.key, second.query, second.target) == ("k-1", None, values["passage"])
     assert second.meta == {"provenance": {"target": {"by": "source"}}}
@@ -190,7 +201,7 @@ def test_of_a_long_list_the_tail_is_taken():
     check_makes(found, set())
     answer = {"films": ["a", "b", "c", "d", "e", "f"]}
     made = examples_of(found, "k", {}, answer, {}, {})
-    assert [(one.key, one.target) for one in made] == [(k, text_item(t)) for k, t in (("k", "d"), ("k-1", "e"), ("k-2", "f"))]
+    assert [(one.key, one.target) for one in made] == [(k, text_item(t)) for k, t in (("k-0", "d"), ("k-1", "e"), ("k-2", "f"))]
     with pytest.raises(UnusableAnswerError, match="films is empty"):
         examples_of(found, "k", {}, {"films": []}, {}, {})
 

@@ -52,6 +52,7 @@ def test_examples_below_the_threshold_go_aside_with_the_reason(pairs, tmp_path):
         "k0": (5.0, "for 5"), "k1": (3.0, "for 3"), "k4": (4.0, "for 4"),
     }  # fmt: skip
     assert all(found["prompt"].startswith("quality@") for found in ratings.values())
+    assert all((found["llm"], found["seed"]) == ("scripted", 0) for found in ratings.values())
     about = made.manifest["about"]
     assert about["aside"] == {"quality below 3": 1, "quality: not of the schema": 1}
     assert about["made_by"]["licence"] == "own"
@@ -137,6 +138,7 @@ def test_what_cannot_work_is_refused_before_anything_is_asked(pairs, mined, tmp_
         ({}, "give raters"),
         ({"a": RaterSpec(str(tmp_path / "no.yaml"))}, "has no number 'score' in its answer; name it in `field`"),
         ({"cosine": RaterSpec("quality")}, "cannot be called 'cosine'"),
+        ({"a": RaterSpec("likelihood", field="score")}, "has no answer with fields"),
         (CANDIDATES, "give corpus"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datamodules.curation.negatives import reciprocal_rank_fusion
+from datamodules.job import made_by_of
 from datamodules.order import generator
 from datamodules.sample import Example
 from datamodules.shards import Split
@@ -80,7 +81,7 @@ def candidates_of(example: Example) -> list[dict[str, Any]]:
 
 def require_corpus(mined: Split, corpus: Split | None) -> None:
     """Raises ValueError when candidates were mined from another corpus, or from this one as it was before."""
-    made_by = mined.manifest["about"].get("made_by", {})
+    made_by = made_by_of(mined)
     if corpus is not None and made_by.get("corpus_digest") not in (None, corpus.digest):
         raise ValueError(f"{mined.folder} was mined from {made_by.get('corpus')} and not from {corpus.folder} as it is now")
 
@@ -152,10 +153,12 @@ def _guarded(candidate: Candidate, positive: Candidate, selection: Selection) ->
             raise ValueError(f"at_most names {name!r}, which candidates do not have; rate them with conf=rate")
         if candidate[name] > most:
             return f"{name} above {most:g}"
+    if candidate.get("content") is not None and candidate["content"] == positive.get("content"):
+        return "equal to the positive"
     cosine, reference = candidate["cosine"], positive.get("cosine")
     if reference is None:
         return None
-    if selection.max_share is not None and cosine > selection.max_share * reference:
+    if selection.max_share is not None and cosine > reference - (1 - selection.max_share) * abs(reference):
         return f"cosine above {selection.max_share:g} of the positive's"
     if selection.margin is not None and cosine > reference - selection.margin:
         return f"cosine within {selection.margin:g} of the positive's"

@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator
 from datamodules.curation.near_duplicates import texts_of
 from datamodules.curation.survey import spreads, survey
 from datamodules.files import replace_file
+from datamodules.job import made_by_of
 from datamodules.shards import Split
 
 FORMAT = "polyphony-card/1"
@@ -111,8 +112,8 @@ def made_by(split: Split) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     while True:
         about = split.manifest["about"]
-        step = about.get("made_by")
-        if step is None:  # written by conf=prepare, conf=index or somebody else
+        step = made_by_of(split)
+        if not step:  # written by conf=prepare, conf=index or somebody else
             plain = {name: value for name, value in about.items() if isinstance(value, str | int | float)}
             return [*made, {"stage": "source", "digest": split.digest, **plain}]
         made.append({**step, "counts": about.get("counts", {}), "aside": about.get("aside", {})})
@@ -160,8 +161,9 @@ def page(card: Mapping[str, Any]) -> str:
 def counted(example: Any) -> Counter[str]:
     """Which field of an example was made by whom, as its provenance tells."""
     found = Counter[str]()
-    for name, made in ((example.meta or {}).get("provenance") or {}).items():
-        for one in made if isinstance(made, list) else [made]:
+    provenance = (example.meta or {}).get("provenance")
+    for name, made in provenance.items() if isinstance(provenance, dict) else ():
+        for one in (one for one in (made if isinstance(made, list) else [made]) if isinstance(one, dict)):
             found[f"{name} by {one.get('by', 'unknown')}" + (f" with {one['prompt']}" if one.get("prompt") else "")] += 1
     return found
 

@@ -32,7 +32,41 @@ FIELD = re.compile(r"\{(\w+)\}")
 THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)  # what models that reason write before they answer
 FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n\s*```\s*", re.DOTALL)
 SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*|\n+")
-KEYS = {"system", "user", "shots", "draws", "answer", "checks", "makes", "continuation", "grades"}
+TEXT = {"type": "string"}
+ITEM = {"anyOf": [TEXT, {"type": "array", "items": {"$ref": "#/$defs/item"}}, {"$ref": "#/$defs/code"}]}
+EXAMPLE = {
+    "type": "object",
+    "properties": {
+        **{name: {"$ref": "#/$defs/item"} for name in ("query", "target")},
+        "negatives": {"type": "array", "items": {"$ref": "#/$defs/item"}},
+        "label": TEXT,
+        "score": {"type": ["string", "number"]},
+    },
+}
+FILE = {  # of a prompt
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["user"],
+    "properties": {
+        "system": TEXT,
+        "user": TEXT,
+        "shots": {"type": "array", "items": {"type": "object", "required": ["answer"]}},
+        "draws": {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}},
+        "answer": {"type": "object", "additionalProperties": {"type": "object"}},
+        "checks": {"type": "object", "additionalProperties": {"type": "object", "additionalProperties": TEXT}},
+        "continuation": TEXT,
+        "grades": {"type": "object", "minProperties": 2, "additionalProperties": {"type": "number"}},
+        "makes": {
+            "type": "object",
+            "properties": {"each": TEXT, "tail": {"type": "number"}, "examples": {"type": "array", "items": EXAMPLE}},
+        },
+    },
+    "$defs": {
+        "item": ITEM,
+        "code": {"type": "object", "properties": {"code": TEXT}, "required": ["code"], "additionalProperties": False},
+    },
+}
+RESERVED = {"passage", "item"}  # what an answer's fields cannot be called
 MAX_PROMPT_BYTES = 2**20  # our choice
 
 Value = str | int | float | Item
@@ -153,16 +187,18 @@ def read_prompt(path: str | Path) -> Prompt:
 
 
 def _checked(name: str, sha256: str, found: Any) -> Prompt:
-    if not isinstance(found, dict) or found.keys() - KEYS or not isinstance(found.get("user"), str):
-        unknown = ", ".join(map(str, found.keys() - KEYS)) if isinstance(found, dict) else ""
-        raise ValueError(
-            f"it needs `user` and may have {', '.join(sorted(KEYS - {'user'}))}" + (f", not {unknown}" * bool(unknown))
-        )
+    _check_names(found)
+    error = next(iter(Draft202012Validator(FILE).iter_errors(found)), None)
+    if error is not None:
+        place = ".".join(map(str, error.absolute_path)) or "the file"
+        raise ValueError(f"{place}: {error.message[:199]}")
     if sum(found.get(way) is not None for way in ("answer", "continuation", "grades")) != 1:
         raise ValueError("it needs one of `answer`, `continuation` and `grades`")
     draws = {draw: tuple(map(str, values)) for draw, values in found.pop("draws", {}).items()}
     if not all(draws.values()):
         raise ValueError("a draw has no values to draw from")
+    if reserved := RESERVED & (found.get("answer") or {}).keys():
+        raise ValueError(f"a field of its answer cannot be called {min(reserved)}")
     user, shots = found.pop("user").rstrip("\n"), tuple(found.pop("shots", ()))  # what is scored follows its last character
     prompt = Prompt(name, sha256, user, draws=draws, shots=shots, **found)
     if prompt.schema is not None:
@@ -172,12 +208,26 @@ def _checked(name: str, sha256: str, found: Any) -> Prompt:
     for check, fields in prompt.checks.items():
         if strangers := fields.keys() - (prompt.answer or {}).keys():
             raise ValueError(f"the check {check} names {', '.join(strangers)}, which an answer does not have")
+        if strangers := set(fields.values()) - (prompt.answer or {}).keys() - prompt.fields:
+            raise ValueError(f"the check {check} compares with {', '.join(strangers)}, which is neither shown nor answered")
     for number, shot in enumerate(prompt.shots, 1):
         if missing := ({*FIELD.findall(prompt.user), "answer"}) - shot.keys():
             raise ValueError(f"shot {number} lacks {', '.join(sorted(missing))}")
         if prompt.answer is not None:
             prompt.parse(json.dumps(shot["answer"], ensure_ascii=False), shot)
     return prompt
+
+
+def _check_names(found: Any) -> None:
+    """Raises ValueError where a key is no text, as YAML reads Yes, No and numbers."""
+    if isinstance(found, dict):
+        for key, value in found.items():
+            if not isinstance(key, str):
+                raise ValueError(f"the key {key!r} is no text; put it in quotation marks")
+            _check_names(value)
+    elif isinstance(found, list):
+        for value in found:
+            _check_names(value)
 
 
 def filled(template: str, values: Mapping[str, Value]) -> Item:

@@ -122,7 +122,7 @@ def examples_of(
 
     Args:
         prompt: What was asked.
-        key: Of the record and sample; examples after the first get a number behind it.
+        key: Of the record and sample; where an answer can make several examples, each has a number behind it.
         values: What the LLM was shown.
         answer: What it said.
         made: Provenance of what it wrote.
@@ -141,8 +141,8 @@ def examples_of(
     for element in elements:
         own = shown if element is None else shown | {"item": _plain(element)}
         for template in makes["examples"]:
-            number = len(examples)
-            examples.append(_example(template, f"{key}-{number}" if number else key, own, made, source))
+            name = f"{key}-{len(examples)}" if "each" in makes or len(makes["examples"]) > 1 else key
+            examples.append(_example(template, name, own, made, source))
     if not examples:
         raise UnusableAnswerError(f"{makes['each']} is empty", "an empty list")
     return examples

@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import threading
 import time
@@ -27,7 +28,10 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Budget:
-    """What the answers of a task may cost, those of its earlier runs among them. It is never exceeded.
+    """What the answers of a task may cost, those of its earlier runs in the same folder among them.
+
+    It is not exceeded, as far as answers say what they cost: requests that a server failed or lost, and that were sent again,
+    are not known to have cost anything.
 
     Args:
         max_tokens: Tokens read and written; None sets no bound.
@@ -102,7 +106,7 @@ class Answers:
     """An LLM's answers to the requests of a job.
 
     Args:
-        folder: Where they are kept; jobs may share one, one after another.
+        folder: Where they are kept; jobs of the same block size may share one, one after another.
         llm: Who is asked for those that are missing.
         budget: What they may cost.
         own_blocks: Blocks whose earlier answers count as spent.
@@ -138,8 +142,12 @@ class Answers:
         """Raises ValueError when another model answers than the one that answered first."""
         if not answer.model:  # no model was reached
             return
-        with suppress(FileExistsError), self._answered_by.open("x") as file:
-            file.write(answer.model)
+        if not self._answered_by.exists():
+            beside = self._answered_by.with_name(f".{self._answered_by.name}.{os.getpid()}")
+            beside.write_text(answer.model)
+            with suppress(FileExistsError):
+                os.link(beside, self._answered_by)  # whole, and of the first who comes
+            beside.unlink()
         first = self._answered_by.read_text()
         if first != answer.model:
             raise ValueError(
@@ -154,10 +162,14 @@ class Answers:
 class BlockAnswers:
     """Answers of one block: those that are kept, and the LLM's to what was not asked yet."""
 
+    @property
+    def llm_name(self) -> str:
+        return self._answers.llm.name
+
     def __init__(self, answers: Answers, file: IO[bytes]) -> None:
         self._answers, self._file, self._synced = answers, file, time.monotonic()
         file.seek(0)
-        self._known = dict(_lines(file))
+        self._known = {key: answer for key, answer in _lines(file) if answer.error != MALFORMED}
         file.truncate(_end_of_last_line(file))
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
@@ -181,12 +193,13 @@ class BlockAnswers:
         for number, answer in self._answers.llm.answers(affordable()):
             spending.settle(missing[order[number]])
             spending.add(answer)
-            if answer.error == MALFORMED or (answer.error and not answer.input_tokens + answer.output_tokens):
-                unkept[order[number]] = answer
-            else:
-                self._answers.check_model(answer)
+            if answer.log_likelihood is not None and not math.isfinite(answer.log_likelihood):
+                answer = dataclasses.replace(answer, log_likelihood=None, error="no finite likelihood")
+            self._answers.check_model(answer)
+            if answer.error is None or answer.input_tokens + answer.output_tokens:
                 self._keep(order[number], answer)
-        found = self._known | unkept
+            unkept[order[number]] = answer
+        found = unkept | self._known
         if not all(key in found for key in order):
             raise BudgetSpentError(
                 f"the budget does not cover another request: {spending}; what was answered is kept in {self._answers.folder}. "
@@ -201,7 +214,8 @@ class BlockAnswers:
         line = json.dumps({"key": key, **dataclasses.asdict(answer)}, ensure_ascii=False)
         self._file.write(line.encode("utf-8", "replace") + b"\n")
         self._file.flush()
-        self._known[key] = answer
+        if answer.error != MALFORMED:  # which is kept for its costs alone
+            self._known[key] = answer
         if time.monotonic() - self._synced > SYNC_SECONDS:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
@@ -241,11 +255,11 @@ def _end_of_last_line(file: IO[bytes]) -> int:
 def _most_tokens(request: Request) -> tuple[int, int]:
     """The most tokens that a request can read and write.
 
-    A text has no more tokens than bytes; media are counted by their bytes too, and roles with what a template puts around them
-    as 64 tokens each.
+    A text has no more tokens than bytes; media are taken for as many as they have bytes, and at least 4,096; roles and what a
+    template puts around them are 64 a part.
     """
     parts = [part.data for message in request.messages for part in message.parts]
-    size = sum(64 + len(data.encode() if isinstance(data, str) else data) for data in parts)
+    size = sum(64 + (len(data.encode()) if isinstance(data, str) else max(4096, len(data))) for data in parts)
     if request.continuation is not None:
         return size + len(request.continuation.encode()), 1
     return size, request.sampling.max_tokens
