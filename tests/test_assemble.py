@@ -115,6 +115,7 @@ def test_best_neighbours_become_positives_and_last_ones_hard_negatives(judged, t
     assert meta["provenance"]["target"] == {
         "by": "mine",
         "corpus": judged[1],
+        "checkpoint": None,
         "key": "c0",
         "cosine": 0.9,
         "relevance": 3,
