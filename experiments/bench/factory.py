@@ -53,7 +53,9 @@ WORDS = ["oak", "ash", "elm", "fir", "yew", "bay", "box", "fig", "sea", "sky"]
 class Instant(LLM):
     """Answers at once what a query for a passage, or a rating of one, looks like."""
 
-    name = "instant"
+    @property
+    def name(self) -> str:
+        return "instant"
 
     def answers(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
         for number, request in enumerate(requests):
