@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-METRICS = ("ndcg@10", "mrr")
+METRICS = ("ndcg@10", "mrr@10")
 WAYS = {
-    "": "pre-fine-tuned only",
-    "none": "no hard negatives",
+    "": "not fine-tuned",
+    "none": "none",
     "random": "random",
     "last": "last of 20",
     "first": "first of 20",
