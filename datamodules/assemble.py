@@ -290,7 +290,8 @@ class _Block:
             counts["positives that are not the seed"] += 1
             target, provenance["target"] = self._named(chosen.positive), self._origin(chosen.positive)
         near = _overlaps(rows, fingerprint([target]) if positive is None else positive[None], self.near)
-        counts["candidates left out: near the positive"] += int(near.sum())
+        if near.any():
+            counts["candidates left out: near the positive"] += int(near.sum())
         mined = [one for one, is_near in zip(chosen.negatives, near, strict=True) if not is_near]
         negatives = (*map(self._named, mined), *example.negatives)
         own = provenance.get("negatives", [])
