@@ -29,9 +29,8 @@ from datamodules.sample import BadExampleError, Example, Item, content_id_of_lab
 from datamodules.shards import Split
 
 RECORD = np.dtype([("pair", FINGERPRINT, 2), ("label", "<i8"), ("judged", "?"), ("bad", "?"), ("asks", "?")])
-MAX_DRAWS = 20  # of a text of a class, before the only one there is is taken to be the record's own
-READ_AT_ONCE = 1000
-COLUMNS = ("query", "target")
+MAX_DRAWS = 20  # of a class's texts, until one is met that is not the record's own: our choice
+READ_AT_ONCE = 1000  # items that are held while fingerprints are made: our choice
 
 
 def assemble(
@@ -90,9 +89,9 @@ def assemble(
     if missing:
         console.print(f"fingerprints of {missing} of {job.num_blocks} blocks are missing (of other tasks); run the array again")
         return
-    todo = [block for block in job.own_blocks if not job.is_done(block)]
+    todo = job.todo()
     found, made_by_all = (_Whole(job, near, classes), chain(records)) if todo else (None, [])
-    for block in job.blocks(console):
+    for block in job.blocks(console, todo):
         assert found is not None
         _Block(job, block, records, passages, selection, classes, benchmarks, near, found, made_by_all).write()
     if job.finish(console) is not None:

@@ -5,56 +5,17 @@ Shapes: N items of a block, D embedding width (a prefix).
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
-from datamodules.collate import with_prompt
-from datamodules.corpus import CorpusBatch
-from datamodules.loader import loader_of
+from datamodules.corpus import Corpus, CorpusBatch
 from datamodules.processors.processor import Processor
-from datamodules.sample import BadExampleError, Item
+from datamodules.sample import BadExampleError
 from datamodules.shards import Split
-from datamodules.stream import Source
 from lightning_modules.encoder.embedder import Embedder, cut
-
-
-class Pieces(Dataset[CorpusBatch]):
-    """The items of some positions, batch by batch; a batch ends where its block does.
-
-    Args:
-        split: Where they lie.
-        prompts: Column to the template around its text; of an example, the columns come in this order.
-        may_lack: A column that examples need not have.
-        processor: Items to inputs.
-        batches: The positions of each.
-    """
-
-    def __init__(
-        self, split: Split, prompts: Mapping[str, str | None], may_lack: str | None, processor: Processor, batches: list[range]
-    ) -> None:
-        self.source = Source(split, processor.config.decode)
-        self.prompts, self.may_lack, self.processor, self.batches = prompts, may_lack, processor, batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> CorpusBatch:
-        items = [
-            (item, prompt)
-            for position in self.batches[number]
-            for column, prompt in self.prompts.items()
-            for item in self._items(position, column)
-        ]
-        inputs = self.processor([with_prompt(item, prompt) for item, prompt in items])
-        return CorpusBatch(inputs, torch.tensor([item.content_id for item, _ in items]))
-
-    def _items(self, position: int, column: str) -> list[Item]:
-        if column == self.may_lack and getattr(self.source.split.read(position), column) is None:
-            return []
-        return self.source.items(position, column)
 
 
 @dataclass(frozen=True)
@@ -89,12 +50,12 @@ class BlockEncoder:
         Raises:
             ValueError: An example lacks another column, cannot be used, or gets a vector that is not finite.
         """
-        cuts = [[block[n : n + self.batch_size] for n in range(0, len(block), self.batch_size)] for block in blocks]
-        pieces = Pieces(split, prompts, may_lack, self.processor, [batch for batches in cuts for batch in batches])
-        loaded = iter(loader_of(pieces, self.num_workers))
-        for batches in cuts:
+        corpus = Corpus(split, prompts, self.processor, self.batch_size, blocks=blocks, may_lack=may_lack)
+        loaded = zip(corpus.batches, corpus.loader(self.num_workers), strict=True)
+        for block in blocks:
+            num_batches = -(-len(block) // self.batch_size)
             try:
-                found = [self._embedded(next(loaded), split, batch) for batch in batches]
+                found = [self._embedded(batch, split, positions) for positions, batch in islice(loaded, num_batches)]
             except BadExampleError as error:
                 place = Path(str(split.folder))
                 told = f"{error}; conf=verify root={place.parent} splits=[{place.name}] leaves bad examples out"

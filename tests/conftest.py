@@ -39,6 +39,15 @@ def zygote(world) -> Iterator[Zygote]:
     zygote.close()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As forked runs have: bytes are compared; and threads that wait for one another cost tiny models more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def processor() -> ComposedProcessor:
     return ComposedProcessor(ProcessorConfig(vocab_size=300), train_tokenizer(TEXTS, 300))

@@ -3,7 +3,6 @@
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from datamodules.processors.tokenizer import train_tokenizer
 from datamodules.sample import Part
 from lightning_modules.llm.interface import Answer, Request, Sampling
 from lightning_modules.llm.local import Local, _ids, _uniform, drawn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = {**TINY_TEXT, "max_position_embeddings": 96, "bos_token_id": None, "eos_token_id": 1, "tie_word_embeddings": False}
 FAMILIES = {
@@ -55,15 +56,6 @@ def write_llm(folder: Path, family: str = "qwen3", template: str | None = None, 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for one another cost tiny models more than they save."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

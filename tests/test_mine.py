@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,11 @@ from lightning_modules.encoder.checkpoint import read_provenance, save_encoder
 from lightning_modules.encoder.embedder import cut
 from lightning_modules.mine import mine
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUERY, TARGET = "q: {text}", "title: {title} | {text}"
 PROMPTS: dict[str, Any] = {"query_prompt": QUERY, "target_prompt": TARGET}
 SMALL: dict[str, Any] = {**PROMPTS, "k": 5, "block_size": 4, "batch_size": 3, "num_workers": 0, "device": "cpu"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As forked runs have: bytes are compared."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(number)
 
 
 @pytest.fixture(autouse=True)

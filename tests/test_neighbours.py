@@ -13,16 +13,9 @@ from lightning_modules import neighbours
 from lightning_modules.neighbours import Index, IndexSettings, Kind, Neighbours, built_once, exact
 from lightning_modules.vectors import Chunk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = IndexSettings(num_training=2000, num_lists=16, num_probes=8, code_bytes=8)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """FAISS's threads wait for one another in a busy loop, which takes seconds on a machine that has other work."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(number)
 
 
 def in_chunks(vectors: np.ndarray, *sizes: int) -> Callable[[], Iterator[Chunk]]:

@@ -162,15 +162,15 @@ class Answers:
 class BlockAnswers:
     """Answers of one block: those that are kept, and the LLM's to what was not asked yet."""
 
-    @property
-    def llm_name(self) -> str:
-        return self._answers.llm.name
-
     def __init__(self, answers: Answers, file: IO[bytes]) -> None:
         self._answers, self._file, self._synced = answers, file, time.monotonic()
         file.seek(0)
         self._known = {key: answer for key, answer in _lines(file) if answer.error != MALFORMED}
         file.truncate(_end_of_last_line(file))
+
+    @property
+    def llm_name(self) -> str:
+        return self._answers.llm.name
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers in the order of the requests; equal requests are asked once.
@@ -182,7 +182,7 @@ class BlockAnswers:
         """
         keys = [self._key(request) for request in requests]
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._known}
-        order, spending, unkept = list(missing), self._answers.spending, {}
+        order, spending, fresh = list(missing), self._answers.spending, {}
 
         def affordable() -> Iterator[Request]:
             for key in order:
@@ -198,8 +198,8 @@ class BlockAnswers:
             self._answers.check_model(answer)
             if answer.error is None or answer.input_tokens + answer.output_tokens:
                 self._keep(order[number], answer)
-            unkept[order[number]] = answer
-        found = unkept | self._known
+            fresh[order[number]] = answer
+        found = fresh | self._known
         if not all(key in found for key in order):
             raise BudgetSpentError(
                 f"the budget does not cover another request: {spending}; what was answered is kept in {self._answers.folder}. "
