@@ -75,22 +75,30 @@ class BenchmarkSpec:
 
     Args:
         measure: `retrieval` ranks all targets of the split (equal ones count once) or of `corpus`; `similarity` correlates
-            cosines with gold scores; `classification` fits a linear probe on `train` and names classes by their label's text.
+            cosines with gold scores; `classification` fits a linear probe on `train` and names classes by their label's text;
+            `clustering` finds groups by k-means and compares them with the labels.
         shards: The judged split's folder below the data root.
         corpus: Split whose targets are ranked by `retrieval`; None ranks the targets of `shards`.
         train: Split that the linear probe is fitted on, for `classification`.
         query_prompt: Template around text in the split's queries, None for none; it stays with them under `reverse`.
         target_prompt: Template around text in the split's targets, and around labels, None for none.
-        reverse: Targets are judged against queries; `classification` judges the targets.
+        reverse: Targets are judged against queries; `classification` and `clustering` judge the targets.
+        metric: The one that stands for the benchmark, such as `ndcg@10`; None is the measure's first. `answers@5kt` asks
+            whether one of the strings in a query's `meta["answers"]` stands in the first 5,000 tokens of what it finds.
+        group: Benchmarks that a table of languages shows together; None for none.
+        language: Of the queries, as that table says it.
     """
 
-    measure: Literal["retrieval", "similarity", "classification"]
+    measure: Literal["retrieval", "similarity", "classification", "clustering"]
     shards: str
     corpus: str | None = None
     train: str | None = None
     query_prompt: str | None = None
     target_prompt: str | None = None
     reverse: bool = False
+    metric: str | None = None
+    group: str | None = None
+    language: str | None = None
 
     def __post_init__(self) -> None:
         _check_template("query_prompt", self.query_prompt)
