@@ -73,11 +73,11 @@ def _terminal_table(listing: Listing) -> Table:
         justify = "left" if column.startswith("<") else "right"
         table.add_column(column.lstrip("<"), overflow="fold", no_wrap=not column.startswith("<<"), justify=justify)
     for row in listing.rows:
-        table.add_row(*(Text(_printable(cell), "red" if cell in listing.marked else "") for cell in row))
+        table.add_row(*(Text(printable(cell), "red" if cell in listing.marked else "") for cell in row))
     return table
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """On one line, without what a terminal would obey."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
 

@@ -1,4 +1,4 @@
-"""One page that shows a run: scores against chance, score by prefix, training curves, real neighbours.
+"""One page that shows a run: its scores and what `report_*.py` looks at in them, training curves, real neighbours.
 
 The page is that of `lightning_modules.page`, its charts are SVG. `results_table` shows the same numbers in a terminal.
 """
@@ -7,17 +7,23 @@ import csv
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from datamodules.sample import Item
-from lightning_modules.charts import Line, chart_of, hues_of, legend_of, smoothed
+from lightning_modules.charts import chart_of, hues_of, legend_of, smoothed
+from lightning_modules.listing import printable
 from lightning_modules.page import item_of, write_page
+from lightning_modules.report_bytes import bytes_section
+from lightning_modules.report_scores import headlines_of, prefix_section, scores_section
+from lightning_modules.report_sections import CSS, languages_section, prompts_section, space_section
+from lightning_modules.results import prefixes_of, scores_of
 
 # Our choice, so that a page of twenty benchmarks still opens at once.
 MAX_QUERIES = 8
@@ -33,25 +39,15 @@ class Neighbours:
     found: tuple[tuple[Item, float, bool], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """The values of one metric, kept in one dtype, by prefix; `is_headline` says it is the benchmark's first metric."""
-
-    benchmark: str
-    metric: str
-    dtype: str
-    is_headline: bool
-    chance: float
-    size: str
-    values: dict[int, float]
-
-    @property
-    def name(self) -> str:
-        return self.metric if self.dtype == "float32" else f"{self.metric} · {self.dtype}"
-
-
 def write_report(
-    path: Path, *, title: str, rows: list[dict], curves: dict[str, Path], neighbours: list[Neighbours], facts: dict[str, str]
+    path: Path,
+    *,
+    title: str,
+    rows: list[dict],
+    curves: dict[str, Path],
+    neighbours: list[Neighbours],
+    facts: dict[str, str],
+    space: Sequence[dict] = (),
 ) -> None:
     """Write the page; at `path` there is afterwards a whole page or what was there before.
 
@@ -65,20 +61,24 @@ def write_report(
         curves: Name of a run to the metrics.csv of its CSVLogger; empty drops the section.
         neighbours: Queries with what they found; empty drops the section.
         facts: Short values for the head: date, checkpoint, steps.
+        space: The rows of space.json; empty drops the section.
 
     Raises:
         ValueError: There are no rows, two rows give the same score, or a metrics.csv has no column `step`.
         OSError: A metrics.csv cannot be read or the page cannot be written.
     """
-    scores = _scores(rows)
-    sections = [_scores_section(scores), _prefix_section(scores)]
+    scores = scores_of(rows)
+    sections = [scores_section(scores), prefix_section(scores), bytes_section(scores), languages_section(scores)]
+    sections += [prompts_section(scores), space_section(space)]
     sections += [_curves_section(curves)] if curves else []
     sections += [_neighbours_section(neighbours)] if neighbours else []
-    write_page(path, title=title, facts=facts, sections=sections)
+    write_page(path, title=title, facts=facts, sections=filter(None, sections), css=CSS)
 
 
 def results_table(rows: list[dict], *, all_metrics: bool = False) -> Table:
-    """A terminal table of task, metric, chance and the value at each prefix.
+    """A terminal table of task, metric, chance and the value at each prefix, in float32 with prompts.
+
+    What has no number says why under its name.
 
     Args:
         rows: The rows of results.json.
@@ -87,91 +87,19 @@ def results_table(rows: list[dict], *, all_metrics: bool = False) -> Table:
     Raises:
         ValueError: There are no rows or two rows give the same score.
     """
-    scores = _scores(rows)
-    prefixes = _prefixes(scores)
+    scores = scores_of(rows)
+    shown = [score for score in scores if score.is_plain] if all_metrics else headlines_of(scores)
+    prefixes = prefixes_of(shown)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("task", "metric", "chance", *map(str, prefixes)):
-        table.add_column(column, overflow="fold", justify="left" if column in ("task", "metric") else "right")
-    for score in scores:
-        if score.is_headline or all_metrics:
-            values = (f"{score.values[prefix]:.3f}" if prefix in score.values else "" for prefix in prefixes)
-            table.add_row(score.benchmark, score.name, f"{score.chance:.3f}", *values)
+        is_text = column in ("task", "metric")
+        table.add_column(column, overflow="fold", justify="left" if is_text else "right", no_wrap=not is_text)
+    for score in shown:
+        values = (f"{score.numbers[prefix].value:.3f}" if prefix in score.numbers else "–" for prefix in prefixes)
+        task = Text(printable(score.benchmark)).append("".join(f"\n{printable(note)}" for note in score.notes), "dim")
+        chance = "" if score.chance is None else f"{score.chance:.3f}"
+        table.add_row(task, Text(printable(score.name)), chance, *values)
     return table
-
-
-def _scores(rows: list[dict]) -> list[Score]:
-    if not rows:
-        raise ValueError("there are no results to report: rows is empty; evaluate at least one benchmark first")
-    headlines: dict[str, str] = {}
-    scores: dict[tuple[str, str, str], Score] = {}
-    for row in rows:
-        benchmark, metric, dtype = key = (row["benchmark"], row["metric"], row["dtype"])
-        is_headline = headlines.setdefault(benchmark, metric) == metric
-        size = f"{row['num_queries']:,} queries, {row['num_candidates']:,} candidates"
-        score = scores.setdefault(key, Score(benchmark, metric, dtype, is_headline, row["chance"], size, {}))
-        if row["prefix"] in score.values:
-            raise ValueError(f"two rows give {metric} of {benchmark} at prefix {row['prefix']} in {dtype}; keep one of them")
-        score.values[row["prefix"]] = row["value"]
-    order = list(headlines)
-    return sorted(scores.values(), key=lambda score: order.index(score.benchmark))
-
-
-def _prefixes(scores: Iterable[Score]) -> list[int]:
-    return sorted({prefix for score in scores for prefix in score.values})
-
-
-def _scores_section(scores: list[Score]) -> str:
-    prefixes = _prefixes(scores)
-    others = [score for score in scores if not score.is_headline]
-    more = f"<details><summary>Other metrics ({len(others)})</summary>{_table(others, prefixes)}</details>" if others else ""
-    return (
-        '<section id="scores"><h2>Scores</h2><p class="note">One column per prefix of the embedding. The stronger the colour, '
-        "the further the value lies from chance towards 1; the small number is the value divided by chance.</p>"
-        f"{_table([score for score in scores if score.is_headline], prefixes)}{more}</section>"
-    )
-
-
-def _table(scores: list[Score], prefixes: list[int]) -> str:
-    head = "".join(f'<th scope="col">{prefix}</th>' for prefix in prefixes)
-    body = "".join(
-        f'<tr><th scope="row">{escape(score.benchmark)}<small>{escape(score.size)}</small></th>'
-        f'<td class="metric">{escape(score.name).replace("_", "_<wbr>")}</td><td>{score.chance:.3f}</td>'
-        + "".join(_cell(score.values.get(prefix), score.chance) for prefix in prefixes)
-        + "</tr>"
-        for score in scores
-    )
-    return (
-        '<div class="scroll"><table><thead><tr><th scope="col">benchmark</th><th scope="col" class="metric">metric</th>'
-        f'<th scope="col">chance</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-def _cell(value: float | None, chance: float) -> str:
-    if value is None:
-        return "<td></td>"
-    share = (value - chance) / (1 - chance) if chance < 1 and math.isfinite(value) else 0.0
-    ratio = f"{value / chance:.{0 if value >= 10 * chance else 2}f}×" if chance > 0 and math.isfinite(value) else ""
-    look = "score below" if value < chance else "score"
-    return f'<td class="{look}" style="--share: {min(max(share, 0), 1):.3f}">{value:.3f} <small>{ratio}</small></td>'
-
-
-def _prefix_section(scores: list[Score]) -> str:
-    groups: dict[str, list[Score]] = defaultdict(list)
-    for score in scores:
-        if score.is_headline:
-            groups[score.benchmark].append(score)
-    hues = hues_of(score.dtype for score in scores)
-    figures = []
-    for benchmark, group in groups.items():
-        lines = [Line(sorted(score.values.items()), hues[score.dtype], "", is_labelled=len(group) == 1) for score in group]
-        chart = chart_of(
-            lines, x_label="prefix (dimensions)", y_label=group[0].metric, prefixes=_prefixes(group), chance=group[0].chance
-        )
-        figures.append(f"<figure><figcaption><b>{escape(benchmark)}</b></figcaption>{chart}</figure>")
-    return (
-        f'<section id="prefixes"><h2>Score by prefix</h2>{legend_of(hues, (("chance", "chance"),))}'
-        f'<div class="charts">{"".join(figures)}</div></section>'
-    )
 
 
 def _curves_section(curves: dict[str, Path]) -> str:

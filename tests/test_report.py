@@ -18,8 +18,10 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from datamodules.sample import Item, Part, media_item, text_item
-from lightning_modules import charts, report
+from lightning_modules import charts
 from lightning_modules.report import Neighbours, results_table, write_report
+from lightning_modules.report_scores import cell_of
+from lightning_modules.results import Number
 
 PREFIXES = (64, 128, 256, 512, 768)
 HOSTILE = "<script>document.title='it ran'</script><img src=x onerror=\"document.title='it ran'\">"
@@ -41,7 +43,7 @@ def page(sample: dict[str, Any], tmp_path: Path) -> Path:
 def test_page_opens_with_its_table_and_texts_and_no_console_message(page: Path, tmp_path: Path) -> None:
     dom, log = open_in_chromium(page.as_uri(), tmp_path)
     assert "CONSOLE" not in log
-    assert dom.count("<table") == 2
+    assert dom.count("<table") == 4
     for text in ("world/text-image", "0.905", "accuracy_<wbr>probe", "a red circle on grey", "return words[0]", "20,000"):
         assert text in dom
 
@@ -134,11 +136,11 @@ def test_table_numbers_equal_the_rows(page: Path, sample: dict[str, Any]) -> Non
 
 
 def test_colour_of_a_cell_runs_from_chance_to_one() -> None:
-    assert "--share: 0.000" in report._cell(0.2, 0.2)
-    assert "--share: 0.500" in report._cell(0.6, 0.2)
-    assert "--share: 1.000" in report._cell(1.0, 0.2)
-    assert "below" in report._cell(0.1, 0.2)
-    assert "--share: 0.000" in report._cell(float("nan"), 0.2)
+    assert "--share: 0.000" in cell_of(Number(0.2), 0.2)
+    assert "--share: 0.500" in cell_of(Number(0.6), 0.2)
+    assert "--share: 1.000" in cell_of(Number(1.0), 0.2)
+    assert "below" in cell_of(Number(0.1), 0.2)
+    assert "--share: 0.600" in cell_of(Number(0.6), None)
 
 
 def test_curves_are_drawn_for_each_task_and_run(page: Path) -> None:
@@ -179,7 +181,7 @@ def test_losses_that_are_not_finite_are_said(sample: dict[str, Any], tmp_path: P
 def test_empty_curves_and_neighbours_drop_their_sections(sample: dict[str, Any], tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", **dict(sample, curves={}, neighbours=[]))
     text = (tmp_path / "report.html").read_text()
-    assert re.findall(r'<section id="(\w+)"', text) == ["scores", "prefixes"]
+    assert re.findall(r'<section id="(\w+)"', text) == ["scores", "prefixes", "bytes"]
 
 
 def test_only_so_many_queries_and_found_items_are_shown(sample: dict[str, Any], tmp_path: Path) -> None:
