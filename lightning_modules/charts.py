@@ -1,4 +1,4 @@
-"""Charts as SVG: axes with round ticks, lines with bands, smoothed curves, a legend; colours are the page's own, see `page.py`."""
+"""Charts as SVG: axes with round ticks, lines with bands, smoothed curves, a legend; colours are the page's own."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

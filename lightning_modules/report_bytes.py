@@ -113,7 +113,7 @@ def _told(front: list[Point], best: float) -> str:
     """The sentence a reader came for: how few bytes keep nearly all of the best mean."""
     cheapest = {share: next(point for point in front if point.value >= share * best) for share in KEPT} if best > 0 else {}
     told = [
-        f"{_percent(point.value, best)} of it takes {point.num_bytes:,} ({escape(point.dtype)}, prefix {point.prefix})"
+        f"{_percent(point.value, best)} of it takes {point.num_bytes:,} bytes ({escape(point.dtype)}, prefix {point.prefix})"
         for point in dict.fromkeys(cheapest.values())
         if point != front[-1]
     ]
@@ -163,7 +163,7 @@ def _dot(x: float, y: float, *, is_front: bool) -> str:
 
 
 def _labels(wanted: list[tuple[float, float, str]], dots: list[tuple[float, float]]) -> list[str]:
-    """Labels above or else below their points, where they cover neither each other nor other points; what fits nowhere is left."""
+    """Labels above or beside their points, where they cover neither each other nor points; what fits nowhere is left out."""
     boxes = [(x - 4, y - 4, x + 4, y + 4) for x, y in dots]
     parts = []
     for x, y, text in wanted:

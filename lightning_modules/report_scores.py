@@ -118,14 +118,15 @@ def _cells(score: Score, prefixes: Sequence[int]) -> str:
 
 
 def cell_of(number: Number, chance: float | None, mark: str | None = None) -> str:
-    """A value, coloured by where it lies between chance and 1, with its interval; beside it `mark` or the multiple of chance."""
+    """A value, coloured by where it lies between chance and 1, with its interval, and `mark` or else the multiple of chance."""
     value, floor = number.value, chance or 0.0
     share = (value - floor) / (1 - floor) if floor < 1 else 0.0
     ratio = f"{value / floor:.{0 if value >= 10 * floor else 2}f}×" if floor > 0 else ""
     interval = "" if number.low is None or number.high is None else f"{number.low:.3f}–{number.high:.3f}"
+    beside = ratio if mark is None else mark
     look = "score below" if chance is not None and value < chance else "score"
     below = f'<small class="interval">{interval}</small>' if interval else ""
-    return f'<td class="{look}" style="--share: {min(max(share, 0), 1):.3f}">{value:.3f} <small>{ratio if mark is None else mark}</small>{below}</td>'
+    return f'<td class="{look}" style="--share: {min(max(share, 0), 1):.3f}">{value:.3f} <small>{beside}</small>{below}</td>'
 
 
 def folded(summary: str, content: str, *, is_open: bool = False) -> str:

@@ -28,11 +28,13 @@ CSS = """
 .band { fill: oklch(var(--light) .13 var(--hue)); opacity: .17 }
 .sample-band { stroke: var(--soft); stroke-width: 8; opacity: .3 }
 .front { fill: none; stroke: var(--soft); stroke-width: 7; opacity: .22; stroke-linejoin: round; stroke-linecap: round }
-.pale { opacity: .45 } .line.thin { stroke-width: 1.2; opacity: .6 } .line.reference { stroke: var(--soft); stroke-dasharray: 2 4 } details { margin: .5rem 0 } summary { overflow-wrap: anywhere }
+.pale { opacity: .45 }
+.line.thin { stroke-width: 1.2; opacity: .6 }
+.line.reference { stroke: var(--soft); stroke-dasharray: 2 4 } details { margin: .5rem 0 } summary { overflow-wrap: anywhere }
 .beside { display: grid; grid-template-columns: minmax(0, 1.25fr) minmax(0, 1fr); gap: 1rem 2.5rem; align-items: start;
   margin-bottom: 1.6rem } .beside .scroll { margin: 0 }
 .total > * { border-top: 2px solid var(--rule); font-weight: 600 } .mark { color: var(--soft); font-size: .75rem }
-.change { position: relative } .change i { position: absolute; bottom: 0; height: 3px; background: var(--good) }
+.change { position: relative } .change i { position: absolute; bottom: 0; height: 2px; background: var(--good) }
 .change i.less { background: var(--bad) } .change.less { color: var(--bad) }
 @media (max-width: 760px) { .beside { grid-template-columns: minmax(0, 1fr) } svg.large { font-size: 17px } }
 """

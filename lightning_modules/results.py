@@ -139,7 +139,7 @@ def _wrong(row: Any) -> str | None:
             continue
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             return f"has {value!r:.40} for `{name}`"
-        if name in ("prefix", "bytes") and not 0 < value <= 2**31:
+        if isinstance(value, int) and name in ("prefix", "bytes") and not 0 < value <= 2**31:
             return f"has {value!r:.40} for `{name}`"
     if row.get("value") is not None and not (row.get("metric") and row.get("prefix")):
         return "has a value without a metric or a prefix"
