@@ -21,7 +21,7 @@ from datamodules.shards import Split, is_written, write_split
 from datamodules.tasks import Mixture
 from lightning_modules.encoder.checkpoint import load_encoder, read_provenance
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, cut, probe
-from lightning_modules.evaluate import device_named
+from lightning_modules.judge import device_named
 
 Templates = dict[str, str | None]  # column to the template around its text
 

@@ -1,74 +1,97 @@
-"""Measures of embeddings, by torchmetrics, and what chance would give: the exact expectation over random orders.
+"""Measures of embeddings, for each query, and what chance would give: the exact expectation over random orders.
 
-Letters: Q queries, C candidates.
+Letters: Q queries, C candidates or classes, R judged pairs, N training items, D width.
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
-import torch
+from scipy.stats import spearmanr
+from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import v_measure_score
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.functional.regression import spearman_corrcoef
-from torchmetrics.retrieval import RetrievalHitRate, RetrievalMRR, RetrievalNormalizedDCG
 
 RECALL_DEPTHS = (1, 5, 10)
 DEPTH = 10
+NUM_SHUFFLES = 10  # of the labels, for what chance gives a clustering; our choice
 
 
-def retrieval(score_QC: Tensor, relevant_QC: Tensor) -> dict[str, float]:
-    """R@1/5/10 (share of queries with a relevant candidate among the first k), MRR@10 and nDCG@10.
+def retrieval(rank_R: np.ndarray, query_R: np.ndarray, gain_R: np.ndarray, num_queries: int) -> dict[str, np.ndarray]:
+    """R@1/5/10 (whether a relevant candidate is among the first k), MRR@10 and nDCG@10 of each query (Q,).
 
-    Of candidates with equal scores the relevant come last, so that an encoder that tells nothing apart scores nothing.
+    The gain of nDCG is the grade itself, as in trec_eval.
 
     Args:
-        score_QC: Similarities (Q, C).
-        relevant_QC: Which candidates are relevant (Q, C), bool; at least one in each row.
+        rank_R: Ranks of relevant candidates from 1, any number above 10 beyond that.
+        query_R: Whose they are; every query has at least one.
+        gain_R: Their grades, above 0.
+        num_queries: Q.
     """
-    irrelevant_first_QC = relevant_QC.int().argsort(dim=1, stable=True)
-    by_score_QC = score_QC.gather(1, irrelevant_first_QC).argsort(dim=1, descending=True, stable=True)
-    rank_QC = irrelevant_first_QC.gather(1, by_score_QC).argsort(dim=1)
-    # The first ten and all relevant ones decide every measure, so the rest need not be handed over. Ranks stand for scores:
-    # torchmetrics 1.9 orders ties as it likes and takes scores of 0 or less for irrelevant in the reciprocal rank.
-    row, column = (relevant_QC | (rank_QC < DEPTH)).nonzero(as_tuple=True)
-    preds = (score_QC.shape[1] - rank_QC)[row, column].double()
-    arguments = {"preds": preds, "target": relevant_QC[row, column], "indexes": row}
-    measures = {f"recall@{k}": RetrievalHitRate(top_k=k) for k in RECALL_DEPTHS}
-    measures |= {f"mrr@{DEPTH}": RetrievalMRR(top_k=DEPTH), f"ndcg@{DEPTH}": RetrievalNormalizedDCG(top_k=DEPTH)}
-    return {name: measure(**arguments).item() for name, measure in measures.items()}
+    first_Q = np.full(num_queries, np.iinfo(np.int64).max)
+    np.minimum.at(first_Q, query_R, rank_R)
+    values = {f"recall@{k}": (first_Q <= k).astype(float) for k in RECALL_DEPTHS}
+    values[f"mrr@{DEPTH}"] = np.where(first_Q <= DEPTH, 1.0 / first_Q, 0.0)
+    found_Q = _discounted(rank_R, query_R, gain_R, num_queries)
+    values[f"ndcg@{DEPTH}"] = found_Q / _discounted(_ideal(query_R, gain_R), query_R, gain_R, num_queries)
+    return values
 
 
-def retrieval_chance(relevant_QC: Tensor) -> dict[str, float]:
-    """What a random order of the candidates gives on average."""
-    num_candidates = relevant_QC.shape[1]
-    by_query = [_chance(int(num_relevant), num_candidates) for num_relevant in relevant_QC.sum(1)]
-    return {name: float(np.mean([values[name] for values in by_query])) for name in by_query[0]}
+def _discounted(rank_R: np.ndarray, query_R: np.ndarray, gain_R: np.ndarray, num_queries: int) -> np.ndarray:
+    """DCG@10 of each query (Q,)."""
+    gains = np.where(rank_R <= DEPTH, gain_R / np.log2(rank_R + 1.0), 0.0)
+    return np.bincount(query_R, gains, num_queries)
 
 
-def _chance(num_relevant: int, num_candidates: int) -> dict[str, float]:
-    depth = min(DEPTH, num_candidates)
-    miss = [1.0]  # probability that none of the first k is relevant
-    for k in range(depth):
-        miss.append(miss[-1] * max(0, num_candidates - num_relevant - k) / (num_candidates - k))
-    discounts = [1 / math.log2(rank + 2) for rank in range(depth)]
-    gain = num_relevant / num_candidates * sum(discounts)
-    return {
-        **{f"recall@{k}": 1 - miss[min(k, depth)] for k in RECALL_DEPTHS},
-        f"mrr@{DEPTH}": sum((miss[k] - miss[k + 1]) / (k + 1) for k in range(depth)),
-        f"ndcg@{DEPTH}": gain / sum(discounts[:num_relevant]),
-    }
+def _ideal(query_R: np.ndarray, gain_R: np.ndarray) -> np.ndarray:
+    """Ranks from 1 by falling gain, query by query."""
+    order = np.lexsort((-gain_R, query_R))
+    ordered = query_R[order]
+    rank_R = np.empty(len(order), np.int64)
+    rank_R[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered) + 1
+    return rank_R
 
 
-def similarity(cosine_Q: Tensor, gold_Q: Tensor) -> dict[str, float]:
-    """Spearman correlation of cosines with gold scores; chance is 0."""
-    return {"spearman": spearman_corrcoef(cosine_Q.double(), gold_Q.double()).item()}
+def retrieval_chance(query_R: np.ndarray, gain_R: np.ndarray, num_queries: int, num_candidates: int) -> dict[str, float]:
+    """What a random order of the candidates gives on average; arguments as of `retrieval`."""
+    counts_Q = np.bincount(query_R, minlength=num_queries).tolist()
+    found = {f"recall@{k}": _mean(1 - _miss(count, num_candidates, k) for count in counts_Q) for k in RECALL_DEPTHS}
+    found[f"mrr@{DEPTH}"] = _mean(_reciprocal(count, num_candidates) for count in counts_Q)
+    shown = sum(1 / math.log2(rank + 1) for rank in range(1, min(DEPTH, num_candidates) + 1)) / num_candidates
+    ideal_Q = _discounted(_ideal(query_R, gain_R), query_R, gain_R, num_queries)
+    found[f"ndcg@{DEPTH}"] = float(np.mean(shown * np.bincount(query_R, gain_R, num_queries) / ideal_Q))
+    return found
+
+
+def _mean(values: object) -> float:
+    return float(np.mean(list(values)))  # pyright: ignore[reportArgumentType]
+
+
+@lru_cache(maxsize=65536)
+def _miss(num_relevant: int, num_candidates: int, depth: int) -> float:
+    """Probability that none of the first `depth` is relevant."""
+    steps = range(min(depth, num_candidates))
+    return math.prod(max(0, num_candidates - num_relevant - k) / (num_candidates - k) for k in steps)
+
+
+@lru_cache(maxsize=65536)
+def _reciprocal(num_relevant: int, num_candidates: int) -> float:
+    misses = [_miss(num_relevant, num_candidates, k) for k in range(DEPTH + 1)]
+    return sum((misses[k] - misses[k + 1]) / (k + 1) for k in range(DEPTH))
+
+
+def spearman(cosine_Q: np.ndarray, gold_Q: np.ndarray) -> float | None:
+    """Correlation of the ranks of cosines with those of gold scores; chance is 0. None where all cosines are alike."""
+    return None if np.ptp(cosine_Q) == 0 else float(spearmanr(cosine_Q, gold_Q)[0])  # pyright: ignore[reportArgumentType]
 
 
 def classification(
     embedding_QD: Tensor, class_Q: Tensor, *, train_ND: Tensor, train_class_N: Tensor, label_CD: Tensor
-) -> dict[str, float]:
-    """Accuracy of a linear probe (logistic regression on the training embeddings) and of the nearest label text; chance is 1/C.
+) -> dict[str, np.ndarray]:
+    """Whether a linear probe (logistic regression on the training embeddings) and the nearest label text are right (Q,).
+
+    Chance is 1/C.
 
     Args:
         embedding_QD: Unit vectors of the judged items.
@@ -80,9 +103,19 @@ def classification(
     # Unit vectors have coordinates of size 1/sqrt(D); without this factor the default regularisation would flatten the probe.
     scale = train_ND.shape[1] ** 0.5
     probe = LogisticRegression(max_iter=1000).fit((train_ND * scale).numpy(), train_class_N.numpy())
-    accuracy = {
-        "accuracy_probe": torch.from_numpy(probe.predict((embedding_QD * scale).numpy())),
-        "accuracy_zero_shot": (embedding_QD @ label_CD.T).argmax(1),
+    found = {
+        "accuracy_probe": probe.predict((embedding_QD * scale).numpy()),
+        "accuracy_zero_shot": (embedding_QD @ label_CD.T).argmax(1).numpy(),
     }
-    measure = MulticlassAccuracy(len(label_CD), average="micro")
-    return {name: measure(predicted, class_Q).item() for name, predicted in accuracy.items()}
+    return {name: (classes == class_Q.numpy()).astype(float) for name, classes in found.items()}
+
+
+def clustering(embedding_QD: Tensor, class_Q: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """V-measure of as many k-means clusters as there are classes (the best of ten starts), and that of shuffled classes.
+
+    Source: Rosenberg and Hirschberg 2007; MTEB's clustering score is the same of samples, by mini-batches.
+    """
+    found = KMeans(len(np.unique(class_Q)), n_init=10, random_state=seed).fit_predict(embedding_QD.numpy())
+    random = np.random.default_rng(seed)
+    shuffled = [v_measure_score(random.permutation(class_Q), found) for _ in range(NUM_SHUFFLES)]
+    return float(v_measure_score(class_Q, found)), float(np.mean(shuffled))

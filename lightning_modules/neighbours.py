@@ -89,13 +89,13 @@ def exact(query_QD: Tensor, chunks: Iterable[Chunk], k: int, device: str | torch
             continue
         position_QN = torch.from_numpy(np.array(chunk.positions, np.int64)).to(device).expand_as(cosine_QN)
         merged_QM = torch.cat([best_QK, cosine_QN], 1)  # of equal ones, those met before stand before
-        column_QK = _highest(merged_QM, k)
+        column_QK = highest(merged_QM, k)
         best_QK = merged_QM.gather(1, column_QK)
         position_QK = torch.cat([position_QK, position_QN], 1).gather(1, column_QK)
     return Neighbours(position_QK.cpu().numpy(), best_QK.cpu().numpy())
 
 
-def _highest(score_QM: Tensor, k: int) -> Tensor:
+def highest(score_QM: Tensor, k: int) -> Tensor:
     """Columns of the k highest scores of each row, the highest first, equal ones from left to right (Q, k)."""
     k = min(k, score_QM.shape[1])
     score_QK, column_QK = score_QM.topk(k)  # which of equal ones it takes is open
@@ -184,7 +184,7 @@ class Index:
         vectors = torch.from_numpy(rows(np.maximum(positions, 0)))[torch.from_numpy(row_QC.reshape(position_QC.shape))]
         cosine_QC = torch.einsum("qd,qcd->qc", query_QD, vectors)
         cosine_QC[torch.from_numpy(position_QC < 0)] = -torch.inf
-        column_QK = _highest(cosine_QC, k)
+        column_QK = highest(cosine_QC, k)
         return Neighbours(np.take_along_axis(position_QC, column_QK.numpy(), 1), cosine_QC.gather(1, column_QK).numpy())
 
     def save(self, file: Path, made_for: str) -> None:

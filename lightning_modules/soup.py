@@ -22,7 +22,7 @@ from lightning_modules.encoder.checkpoint import (
     require_same_shape,
     save_encoder,
 )
-from lightning_modules.evaluate import Judge
+from lightning_modules.judge import Judge
 
 
 def soup(

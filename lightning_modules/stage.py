@@ -71,6 +71,7 @@ class Stage(L.LightningModule):
     ) -> None:
         super().__init__()
         self.guard = Guard()
+        self.stopped_early = False  # by a callback, before the last step
         self.init_from, self.lora, self.optimizer_config = init_from, lora, optimizer
         self.snapshot_every = snapshot_every
         if encoder is not None:
@@ -187,12 +188,13 @@ class Stage(L.LightningModule):
         self._write_log({**self._parts, **self._noted, **skipped, **told, "examples_per_second": rate}, batch.task)
         is_new = self._begun_at < self.global_step < self.trainer.max_steps  # not while gradients are still being gathered
         if self.snapshot_every and is_new and self.global_step % self.snapshot_every == 0:
-            self._save(f"encoder-{self.global_step:06d}")
+            self.save_encoder(f"encoder-{self.global_step:06d}")
 
     def on_fit_end(self) -> None:
         """Also where nothing was left to train: a run may have been stopped after its last step and before this."""
-        if self.global_step >= self.trainer.max_steps and self.guard.storm is None:
-            self._save("encoder")
+        is_over = self.global_step >= self.trainer.max_steps or self.stopped_early
+        if is_over and self.guard.storm is None:
+            self.save_encoder("encoder")
 
     def vectors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Embeddings of a batch's queries (B, D), targets (B, D) and hard negatives (M, D), None where it has none."""
@@ -237,8 +239,13 @@ class Stage(L.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(values, step=self.global_step)
 
-    def _save(self, name: str) -> None:
-        """Write the encoder's folder; all ranks together, as each may have a share of the weights."""
+    def save_encoder(self, name: str, **more: Any) -> None:
+        """Write the encoder's folder; all ranks together, as each may have a share of the weights.
+
+        Args:
+            name: The folder's, in that of the run.
+            more: What its provenance says beside stage, steps and parents.
+        """
         parents = [] if self.init_from is None else [self.init_from]
         provenance = {
             "stage": type(self).__name__,
@@ -247,6 +254,7 @@ class Stage(L.LightningModule):
             "seed": self.data.seed,
             "tasks": sorted(self.data.tasks),
             "parents": [{"path": folder, "sha256": read_provenance(folder)["sha256"]} for folder in parents],
+            **more,
         }
         folder = Path(self.trainer.default_root_dir) / name
         with averaged(self.trainer, self.encoder) as average:

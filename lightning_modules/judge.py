@@ -1,0 +1,475 @@
+"""Benchmarks judged: each column of a split is embedded once, and scored at every prefix in every form that is stored.
+
+Letters: Q queries, D embedding width.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from torch import Tensor
+
+from datamodules.collate import with_prompt
+from datamodules.processors.native import NativeProcessor
+from datamodules.processors.processor import Processor
+from datamodules.sample import KINDS, TEXT_KINDS, Item, text_item
+from datamodules.shards import Split
+from datamodules.tasks import BenchmarkSpec, modalities_of
+from kernels.contrastive import check_prefixes
+from lightning_modules import metrics
+from lightning_modules.answer_recall import answer_recall
+from lightning_modules.block_encoder import BlockEncoder
+from lightning_modules.columns import Column, Distinct, Side, embed_column
+from lightning_modules.encoder.embedder import Embedder, cut
+from lightning_modules.neighbours import exact
+from lightning_modules.objective.gather import gathered, num_ranks, this_rank
+from lightning_modules.precision import Dtype, asked, bytes_of, stored
+from lightning_modules.ranking import Relevance, ranks
+from lightning_modules.report import Neighbours
+from lightning_modules.space import evenly, health_rows
+from lightning_modules.statistics import bootstrap_interval, spearman_interval
+from lightning_modules.vectors import Chunk
+
+BAR = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+NUM_SHOWN_QUERIES = 4
+NUM_SHOWN_NEIGHBOURS = 5
+ANSWERS = "answers@5kt"
+ANSWER_DOCUMENTS = 100  # that are read for an answer; 5,000 tokens are fewer, of the passages of 100 words that are usual
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What judging gave.
+
+    Args:
+        rows: Those of results.json, see `Judge.results`.
+        values: Name to values (Q,) of each query: `<benchmark>|<metric>|<prefix>|<dtype>|<prompts>`; `<benchmark>|queries`
+            holds the queries' content ids in the same order.
+        space: Rows of space.json, see `lightning_modules.space`.
+        neighbours: What the report shows of retrieval.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    space: list[dict[str, Any]] = field(default_factory=list)
+    neighbours: list[Neighbours] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """At which widths, in which forms and with which prompts benchmarks are judged."""
+
+    widths: Sequence[int]
+    dtypes: Sequence[Dtype] = ("float32",)
+    prompts: bool = True
+
+
+class Judge:
+    """Embeds columns of splits and scores benchmarks from the vectors.
+
+    With several ranks each embeds a share and ranks for a share of the queries; all of them find the same.
+
+    Args:
+        encoder: Judged in evaluation mode.
+        processor: Its own.
+        root: Folder of the shards.
+        batch_size: Examples embedded at once.
+        num_workers: Processes that read and decode.
+        device: `cpu`, `cuda` or `auto`.
+        store: A folder for vectors, and what the encoder is called in it; None keeps them in memory.
+        show_progress: Whether a bar is shown; false beside another one.
+    """
+
+    def __init__(
+        self,
+        encoder: Embedder,
+        processor: Processor,
+        root: Path,
+        *,
+        batch_size: int,
+        num_workers: int,
+        device: str,
+        store: tuple[Path, str] | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        self.device = device_named(device)
+        self.encoder, self.processor, self.root = encoder.to(self.device).eval(), processor, root
+        self.batch_size, self.num_workers, self.store = batch_size, num_workers, store
+        self._bar = Progress(*BAR, transient=True, disable=not show_progress or this_rank() > 0)
+        self._splits: dict[str, Split] = {}
+        self._columns: dict[tuple[str, str, str | None], Column] = {}
+
+    def results(
+        self,
+        benchmarks: Mapping[str, BenchmarkSpec],
+        prefixes: Sequence[int] | None = None,
+        *,
+        dtypes: Sequence[Dtype] = ("float32",),
+        without_prompts: bool = False,
+    ) -> Findings:
+        """Judge benchmarks.
+
+        Rows of results.json have: benchmark, metric, prefix, dtype, prompts (whether the benchmark's own were used), value,
+        low and high (95 % of its metric by bootstrap over queries), chance, num_queries, num_candidates, bytes (of a stored
+        vector), group, language; and note where there is no value.
+
+        Args:
+            benchmarks: Name to what is measured.
+            prefixes: Widths; None means those the encoder was trained with.
+            dtypes: Forms in which vectors are stored.
+            without_prompts: Judge benchmarks that have prompts once more without, at full width.
+
+        Raises:
+            ValueError: No benchmark, a name, prefix or metric that does not fit, a split that is missing or lacks what is
+                measured.
+        """
+        if not benchmarks:
+            raise ValueError("there is no benchmark to evaluate; add `include: [benchmarks/world]` or give benchmarks")
+        widths = list(self.encoder.config.prefixes) if prefixes is None else list(prefixes)
+        check_prefixes(tuple(widths), self.encoder.config.embedding_dim)
+        self.check(benchmarks)
+        findings = Findings()
+        with self._bar:
+            ticket = self._bar.add_task("benchmarks", total=len(benchmarks))
+            for name, spec in benchmarks.items():
+                self._bar.update(ticket, description=name)
+                self._judge(findings, name, spec, Settings(widths, dtypes))
+                if without_prompts and (spec.query_prompt, spec.target_prompt) != (None, None):
+                    bare = dataclasses.replace(spec, query_prompt=None, target_prompt=None)
+                    self._judge(findings, name, bare, Settings(widths[-1:], prompts=False))
+                self._bar.advance(ticket)
+            self._bar.remove_task(ticket)
+        return findings
+
+    def headline(self, benchmarks: Mapping[str, BenchmarkSpec]) -> float:
+        """Mean over benchmarks of the metric that stands for each at full width, with the encoder's weights of now."""
+        return float(np.mean(list(self.headlines(benchmarks).values())))
+
+    def headlines(self, benchmarks: Mapping[str, BenchmarkSpec]) -> dict[str, float]:
+        """The metric that stands for each benchmark at full width, with the encoder's weights of now.
+
+        Raises:
+            ValueError: As `results`; or a benchmark has no value.
+        """
+        self._columns.clear()
+        first: dict[str, float] = {}
+        for row in self.results(benchmarks, [self.encoder.config.embedding_dim]).rows:
+            if row["value"] is None:
+                raise ValueError(f"benchmark {row['benchmark']!r} has no value: {row['note']}")
+            first.setdefault(row["benchmark"], row["value"])
+        return first
+
+    def check(self, benchmarks: Mapping[str, BenchmarkSpec]) -> None:
+        """Raises ValueError where a benchmark's name is none or its splits are not there, before anything is embedded."""
+        for name, spec in benchmarks.items():
+            modalities_of(name)
+            for folder in filter(None, (spec.shards, spec.corpus, spec.train)):
+                try:
+                    self._split(folder)
+                except ValueError as error:
+                    told = f"benchmark {name!r}: {error}"
+                    raise ValueError(f"{told}. It comes from {spec.source}" if spec.source else told) from error
+
+    def _judge(self, findings: Findings, name: str, spec: BenchmarkSpec, settings: Settings) -> None:
+        judged = Judged(findings, name, spec, settings)
+        own = "target" if spec.reverse else "query"
+        if spec.measure in ("classification", "clustering"):
+            sides: list[tuple[str, Side]] = [(spec.shards, own)]
+        else:
+            other = "query" if spec.reverse else "target"
+            sides = [(spec.shards, own), (spec.corpus or spec.shards, other)]
+        firsts = [self._items(folder, side, [0])[0] for folder, side in sides]
+        for number, (item, stated) in enumerate(zip(firsts, modalities_of(name), strict=False)):
+            if item.modality != stated:
+                which = ("queries", "targets")[number]
+                raise ValueError(f"benchmark {name!r} says {stated} for its {which}, but its shards hold {item.modality}")
+        taken = kinds_of(self.encoder, self.processor)
+        lacking = [kind for kind in KINDS if kind not in taken and any(p.kind == kind for item in firsts for p in item.parts)]
+        if lacking:
+            judged.unsupported(lacking)
+        elif spec.measure == "retrieval":
+            self._retrieval(judged, spec, *sides)
+        elif spec.measure == "similarity":
+            self._similarity(judged, spec)
+        elif spec.measure == "classification":
+            self._classification(judged, spec, own)
+        else:
+            self._clustering(judged, spec, own)
+
+    def _retrieval(self, judged: "Judged", spec: BenchmarkSpec, asked_of: tuple[str, Side], found_in: tuple[str, Side]) -> None:
+        prompt_of = {"query": spec.query_prompt, "target": spec.target_prompt}
+        columns = [self._column(folder, side, prompt_of[side]) for folder, side in (asked_of, found_in)]
+        ids = [column.ids() for column in columns]
+        queries, candidates = map(Distinct.of, ids)
+        query_QD = torch.from_numpy(columns[0].rows(queries.first))
+        num_queries, num_candidates = len(queries.first), len(candidates.first)
+        judged.sizes(num_queries, num_candidates, ids[0][queries.first])
+        wanted = candidates.mask()
+        if spec.metric == ANSWERS:
+            for width in judged.settings.widths:
+                chunks = (Chunk(c.positions, cut(_tensor(c), width).numpy()) for c in columns[1].chunks(wanted))
+                found = exact(cut(query_QD, width), chunks, ANSWER_DOCUMENTS, self.device)
+                judged.add(width, "float32", {ANSWERS: self._answered(spec, queries, found.positions)}, {ANSWERS: None})
+            return
+        relevance = self._relevance(spec, queries, candidates)
+        by_query = (relevance.query, relevance.gain, num_queries)
+        if lost := np.flatnonzero(np.bincount(relevance.query, minlength=num_queries) == 0).tolist():
+            key = self._split(spec.shards).key(int(queries.first[lost[0]]))
+            raise ValueError(
+                f"benchmark {judged.name!r}: {len(lost)} queries have nothing relevant, the first is {key!r}; take them out"
+            )
+        chance = metrics.retrieval_chance(*by_query, num_candidates)
+        for width in judged.settings.widths:
+            for dtype in judged.settings.dtypes:
+                rank_R = self._ranks(query_QD, columns[1].chunks(wanted), relevance, width, dtype)
+                values = metrics.retrieval(rank_R, relevance.query, relevance.gain, num_queries)
+                judged.add(width, dtype, values, chance)
+            if judged.settings.prompts:
+                candidate_CD = cut(torch.from_numpy(columns[1].rows(evenly(candidates.first))), width)
+                judged.findings.space.extend(health_rows(judged.name, width, cut(query_QD, width), candidate_CD))
+        if judged.settings.prompts:
+            shown = np.arange(num_queries)[:: max(1, num_queries // NUM_SHOWN_QUERIES)][:NUM_SHOWN_QUERIES]
+            full = judged.settings.widths[-1]
+            chunks = (Chunk(c.positions, cut(_tensor(c), full).numpy()) for c in columns[1].chunks(wanted))
+            found = exact(cut(query_QD[shown], full), chunks, NUM_SHOWN_NEIGHBOURS, self.device)
+            relevant = set(zip(relevance.query.tolist(), relevance.candidate.tolist(), strict=True))
+            for query, positions, cosines in zip(shown.tolist(), found.positions.tolist(), found.cosines.tolist(), strict=True):
+                items = self._items(*found_in, positions)
+                marks = [(query, position) in relevant for position in positions]
+                near = tuple(zip(items, cosines, marks, strict=True))
+                asking = self._items(*asked_of, [int(queries.first[query])])[0]
+                judged.findings.neighbours.append(Neighbours(judged.name, asking, near))
+
+    def _ranks(self, query_QD: Tensor, chunks: Iterable[Chunk], relevance: Relevance, width: int, dtype: Dtype) -> np.ndarray:
+        """The ranks of all pairs; each process finds those of its share of the queries."""
+        limits = [n * len(query_QD) // num_ranks() for n in range(num_ranks() + 1)]
+        places = np.searchsorted(relevance.query, limits)
+        first, last = limits[this_rank() : this_rank() + 2]
+        query, candidate, gain = (column[places[this_rank()] : places[this_rank() + 1]] for column in relevance)
+        own = Relevance(query - first, candidate, gain)
+        found = ranks(query_QD[first:last], chunks, own, width=width, depth=metrics.DEPTH, dtype=dtype, device=self.device)
+        if num_ranks() == 1:
+            return found
+        counts = [np.diff(places).tolist()]
+        return gathered([torch.from_numpy(found).to(self.encoder.device)], counts)[0].cpu().numpy()
+
+    def _relevance(self, spec: BenchmarkSpec, queries: Distinct, candidates: Distinct) -> Relevance:
+        """Which candidates are relevant to which queries, by query; of several grades the highest counts."""
+        if spec.corpus is None:
+            grades = ((query, place, 1.0) for query, place in zip(queries.place, candidates.place, strict=True))
+        else:
+            grades = self._judgements(spec, queries, candidates)
+        best: dict[tuple[int, int], float] = {}
+        for query, place, grade in grades:
+            if grade > best.get((query, place), 0.0):
+                best[query, place] = grade
+        pairs = np.array(sorted(best), np.int64).reshape(-1, 2)
+        gain = np.array([best[query, place] for query, place in pairs.tolist()])
+        return Relevance(pairs[:, 0], candidates.first[pairs[:, 1]], gain)
+
+    def _judgements(self, spec: BenchmarkSpec, queries: Distinct, candidates: Distinct) -> Iterable[tuple[int, int, float]]:
+        assert spec.corpus is not None
+        split, corpus = self._split(spec.shards), self._split(spec.corpus)
+        row_of = {key: row for row, key in enumerate(corpus.keys)}
+        for position, query in enumerate(queries.place.tolist()):
+            example = split.read(position)
+            for key, grade in (example.relevant or {}).items():
+                if key not in row_of:
+                    raise ValueError(
+                        f"{split.folder}: query {example.key!r} names document {key!r}, which {spec.corpus} does not hold"
+                    )
+                yield query, int(candidates.place[row_of[key]]), grade
+
+    def _answered(self, spec: BenchmarkSpec, queries: Distinct, positions_QK: np.ndarray) -> np.ndarray:
+        """Whether an answer stands in what a query finds (Q,)."""
+        split, folder = self._split(spec.shards), spec.corpus or spec.shards
+        values = []
+        for row, positions in zip(queries.first.tolist(), positions_QK.tolist(), strict=True):
+            example = split.read(row)
+            answers = (example.meta or {}).get("answers")
+            if not answers:
+                raise ValueError(f"{split.folder}: query {example.key!r} has no answers in its meta, which {ANSWERS} needs")
+            texts = (_text(self._items(folder, "target", [position])[0]) for position in positions)
+            values.append(answer_recall(texts, answers))
+        return np.array(values)
+
+    def _similarity(self, judged: "Judged", spec: BenchmarkSpec) -> None:
+        split = self._split(spec.shards)
+        scores = [split.read(position).score for position in range(len(split))]
+        gold_Q = np.array([score for score in scores if score is not None], float)
+        if len(gold_Q) < len(scores):
+            raise ValueError(f"benchmark {judged.name!r}: {split.folder} has examples without a score")
+        if np.ptp(gold_Q) == 0:
+            raise ValueError(f"benchmark {judged.name!r}: all gold scores of {split.folder} are {gold_Q[0]:g}")
+        every = np.arange(len(split))
+        left_QD, right_QD = (
+            torch.from_numpy(self._column(spec.shards, side, prompt).rows(every))
+            for side, prompt in (("query", spec.query_prompt), ("target", spec.target_prompt))
+        )
+        judged.sizes(len(split), len(split), None)
+        for width in judged.settings.widths:
+            left_QW, right_QW = cut(left_QD, width), cut(right_QD, width)
+            for dtype in judged.settings.dtypes:
+                # int8 keeps one side as it is, as a query; bits meet bits
+                cosine_Q = (asked(left_QW, dtype) * stored(right_QW, dtype)).sum(-1).double().numpy()
+                value = metrics.spearman(cosine_Q, gold_Q)
+                interval = None if value is None else spearman_interval(cosine_Q, gold_Q)
+                note = None if value is not None else "all cosines are alike: the embeddings have collapsed"
+                judged.row("spearman", width, dtype, value, interval=interval, chance=0.0, note=note)
+
+    def _classification(self, judged: "Judged", spec: BenchmarkSpec, side: Side) -> None:
+        assert spec.train is not None
+        labels, train_labels = self._labels(spec.shards), self._labels(spec.train)
+        column, train = (self._column(folder, side, spec.query_prompt) for folder in (spec.shards, spec.train))
+        judged_QD, train_ND = (
+            torch.from_numpy(found.rows(np.arange(len(own)))) for found, own in ((column, labels), (train, train_labels))
+        )
+        classes = sorted(set(train_labels) | set(labels))
+        number = {label: n for n, label in enumerate(classes)}
+        label_CD = self._embed_items([text_item(label.replace("_", " ")) for label in classes], spec.target_prompt)
+        chance: dict[str, float | None] = {"accuracy_probe": 1 / len(classes), "accuracy_zero_shot": 1 / len(classes)}
+        judged.sizes(len(labels), len(classes), column.ids())
+        for width in judged.settings.widths:
+            judged_QW, train_NW, label_CW = (cut(vectors, width) for vectors in (judged_QD, train_ND, label_CD))
+            for dtype in judged.settings.dtypes:
+                if dtype != "binary_rescored":
+                    values = metrics.classification(
+                        F.normalize(stored(judged_QW, dtype), dim=-1),
+                        torch.tensor([number[label] for label in labels]),
+                        train_ND=F.normalize(stored(train_NW, dtype), dim=-1),
+                        train_class_N=torch.tensor([number[label] for label in train_labels]),
+                        label_CD=label_CW,
+                    )
+                    judged.add(width, dtype, values, chance)
+
+    def _clustering(self, judged: "Judged", spec: BenchmarkSpec, side: Side) -> None:
+        labels = np.array(self._labels(spec.shards))
+        vectors_QD = torch.from_numpy(self._column(spec.shards, side, spec.query_prompt).rows(np.arange(len(labels))))
+        judged.sizes(len(labels), len(np.unique(labels)), None)
+        for width in judged.settings.widths:
+            for dtype in judged.settings.dtypes:
+                if dtype != "binary_rescored":
+                    value, chance = metrics.clustering(stored(cut(vectors_QD, width), dtype), labels)
+                    judged.row("v_measure", width, dtype, value, chance=chance)
+
+    def _labels(self, folder: str) -> list[str]:
+        split = self._split(folder)
+        labels = [split.read(position).label for position in range(len(split))]
+        missing = labels.count(None)
+        if missing:
+            raise ValueError(f"{split.folder}: {missing} of {len(labels)} examples have no label, which classification needs")
+        return [label for label in labels if label is not None]
+
+    def _split(self, folder: str) -> Split:
+        if folder not in self._splits:
+            self._splits[folder] = Split(self.root / folder)
+        return self._splits[folder]
+
+    def _items(self, folder: str, side: Side, rows: list[int]) -> list[Item]:
+        items = [getattr(self._split(folder).read(row), side) for row in rows]
+        if None in items:
+            raise ValueError(
+                f"{self.root / folder}: example {self._split(folder).key(rows[items.index(None)])!r} has no {side}"
+            )
+        return items
+
+    def _column(self, folder: str, side: Side, prompt: str | None) -> Column:
+        """Embeddings of a column, made once."""
+        if (folder, side, prompt) not in self._columns:
+            width = self.encoder.config.embedding_dim
+            blocks = BlockEncoder(self.encoder, self.processor, width, self.batch_size, self.num_workers)
+            found = embed_column(blocks, self._split(folder), side, prompt, store=self.store, bar=self._bar)
+            self._columns[folder, side, prompt] = found
+        return self._columns[folder, side, prompt]
+
+    @torch.inference_mode()
+    def _embed_items(self, texts: list[Item], prompt: str | None) -> Tensor:
+        prompted = [with_prompt(item, prompt or "{text}") for item in texts]
+        batches = [prompted[first : first + self.batch_size] for first in range(0, len(prompted), self.batch_size)]
+        return torch.cat([self.encoder(self.processor(batch).to(self.device)).cpu() for batch in batches])
+
+
+class Judged:
+    """Where the findings of one benchmark go."""
+
+    def __init__(self, findings: Findings, name: str, spec: BenchmarkSpec, settings: Settings) -> None:
+        self.findings, self.name, self.spec, self.settings = findings, name, spec, settings
+        self._sizes: dict[str, int | None] = {"num_queries": None, "num_candidates": None}
+
+    def sizes(self, num_queries: int, num_candidates: int, query_ids: np.ndarray | None) -> None:
+        """How many there are; and the queries' content ids, where each has a value of its own."""
+        self._sizes = {"num_queries": num_queries, "num_candidates": num_candidates}
+        if query_ids is not None:  # the second of equal items is another query than the first
+            order = np.argsort(query_ids, kind="stable")
+            ordered, number_Q = query_ids[order], np.empty(len(order), np.int64)
+            number_Q[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+            self.findings.values[f"{self.name}|queries"] = query_ids + number_Q
+
+    def add(self, width: int, dtype: Dtype, values: Mapping[str, np.ndarray], chance: Mapping[str, float | None]) -> None:
+        """Rows of means over queries; the metric that stands for the benchmark comes first, with its interval."""
+        headline = self.spec.metric or next(iter(values))
+        if headline not in values:
+            raise ValueError(f"benchmark {self.name!r} asks for {headline!r}; {self.spec.measure} has {', '.join(values)}")
+        for metric in sorted(values, key=lambda metric: metric != headline):
+            interval = None
+            if metric == headline:
+                interval = bootstrap_interval(values[metric])
+                key = f"{self.name}|{metric}|{width}|{dtype}|{str(self.settings.prompts).lower()}"
+                self.findings.values[key] = values[metric]
+            elif dtype != "float32" or not self.settings.prompts:
+                continue
+            self.row(metric, width, dtype, float(values[metric].mean()), interval=interval, chance=chance[metric])
+
+    def row(
+        self,
+        metric: str,
+        width: int,
+        dtype: Dtype,
+        value: float | None,
+        *,
+        chance: float | None,
+        interval: tuple[float, float] | None = None,
+        note: str | None = None,
+    ) -> None:
+        low, high = interval or (None, None)
+        row = {"benchmark": self.name, "metric": metric, "prefix": width, "dtype": dtype, "prompts": self.settings.prompts}
+        row |= {"value": value, "low": low, "high": high, "chance": chance, **self._sizes, "bytes": bytes_of(width, dtype)}
+        row |= {"group": self.spec.group, "language": self.spec.language}
+        self.findings.rows.append(row if note is None else row | {"note": note})
+
+    def unsupported(self, kinds: list[str]) -> None:
+        """Rows that say so, and no number."""
+        note = f"not supported: the encoder takes no {' and no '.join(kinds)}"
+        metric = self.spec.metric or FIRST[self.spec.measure]
+        for width in self.settings.widths:
+            self.row(metric, width, "float32", None, chance=None, note=note)
+
+
+FIRST = {"retrieval": "recall@1", "similarity": "spearman", "classification": "accuracy_probe", "clustering": "v_measure"}
+
+
+def kinds_of(encoder: Embedder, processor: Processor) -> set[str]:
+    """The kinds of content that an encoder takes."""
+    if isinstance(processor, NativeProcessor):
+        return {*TEXT_KINDS, *processor.kinds}
+    return {*TEXT_KINDS, *getattr(encoder.backbone, "routes", set(KINDS) - {"audio"})}
+
+
+def device_named(name: str) -> str:
+    """A device; for `auto` the best there is."""
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _tensor(chunk: Chunk) -> Tensor:
+    return torch.from_numpy(np.array(chunk.vectors, np.float32))
+
+
+def _text(item: Item) -> str:
+    """What a person reads of an item: its title and its texts."""
+    return " ".join([*filter(None, [item.title]), *(str(part.data) for part in item.parts if part.kind in TEXT_KINDS)])
