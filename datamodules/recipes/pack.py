@@ -258,7 +258,7 @@ def read_records(file: Path, fields: tuple[str, ...]) -> Iterator[dict[str, Any]
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}, line {number} is not JSON ({error}); a line holds one record: correct it") from error
-            yield _complete(record, fields, f"{file}, line {number}")
+            yield complete(record, fields, f"{file}, line {number}")
 
 
 def read_qrels(file: Path) -> dict[str, dict[str, float]]:
@@ -337,7 +337,7 @@ def _read_tasks(root: Path) -> list[dict[str, Any]]:
         tasks = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON ({error}); it holds a list of sets: correct it") from error
-    return [_complete(task, ("name", "type", "modality", "files", "licence"), str(file)) for task in tasks]
+    return [complete(task, ("name", "type", "modality", "files", "licence"), str(file)) for task in tasks]
 
 
 def _read_origins(root: Path, sets: set[str]) -> dict[str, str]:
@@ -360,7 +360,12 @@ def _existing(file: Path, reason: str) -> Path:
     return file
 
 
-def _complete(record: Any, fields: tuple[str, ...], where: str) -> dict[str, Any]:
+def complete(record: Any, fields: tuple[str, ...], where: str) -> dict[str, Any]:
+    """The record, which is an object with all of `fields`.
+
+    Raises:
+        ValueError: It is not; names it, and `where` it stands.
+    """
     missing = [field for field in fields if not isinstance(record, dict) or field not in record]
     if missing:
         name = record.get("id", record.get("name")) if isinstance(record, dict) else record
