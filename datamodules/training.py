@@ -101,8 +101,8 @@ class TrainingData(L.LightningDataModule):
         self.start_method, self.max_wait_seconds = start_method, max_wait_seconds
         self.next_step = self.num_examples = 0
         self.faults: Counter[str] = Counter()
-        store = Store(root, cache=Cache(Path(cache.folder).expanduser(), int(cache.max_gigabytes * 1e9)))
-        self.splits = {name: Split(store / task.shards) for name, task in self.tasks.items()}
+        self.root = Store(root, cache=Cache(Path(cache.folder).expanduser(), int(cache.max_gigabytes * 1e9)))
+        self.splits = {name: Split(self.root / task.shards) for name, task in self.tasks.items()}
         self.plan = self._make_plan(None)
 
     def _make_plan(self, processor: Processor | None) -> Plan:

@@ -77,7 +77,7 @@ class Benchmarks(Callback):
         self._judge = Judge(
             pl_module.encoder,
             pl_module.data.processor,
-            Path(self.root or pl_module.data.root),
+            pl_module.data.root if self.root is None else Path(self.root),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             device=str(pl_module.device),

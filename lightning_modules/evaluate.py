@@ -108,7 +108,7 @@ def evaluate(
         rows=found.rows,
         curves=curves,
         neighbours=found.neighbours,
-        **({"space": found.space} if "space" in write_report.__annotations__ else {}),
+        space=found.space,
         facts={name: value for name, value in facts.items() if value},
     )
     shutil.rmtree(vectors)

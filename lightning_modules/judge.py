@@ -20,6 +20,7 @@ from datamodules.processors.native import NativeProcessor
 from datamodules.processors.processor import Processor
 from datamodules.sample import KINDS, TEXT_KINDS, Item, text_item
 from datamodules.shards import Split
+from datamodules.store import Store
 from datamodules.tasks import BenchmarkSpec, modalities_of
 from kernels.contrastive import check_prefixes
 from lightning_modules import metrics
@@ -90,7 +91,7 @@ class Judge:
         self,
         encoder: Embedder,
         processor: Processor,
-        root: Path,
+        root: Path | Store,
         *,
         batch_size: int,
         num_workers: int,
