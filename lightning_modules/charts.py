@@ -52,7 +52,7 @@ def framed(
     right, bottom = width - 20, height - 42
     x_of, y_of = x_axis.place(48, right), y_axis.place(bottom, 26)
     parts = [f'<line class="grid" x1="48" x2="{right}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>' for y in y_axis.ticks]
-    parts += [f'<text x="42" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>' for y in y_axis.ticks]
+    parts += [f'<text x="42" y="{y_of(y) + 4:.1f}" text-anchor="end">{_tick(y)}</text>' for y in y_axis.ticks]
     for x in apart(x_axis.ticks, x_of):
         parts.append(f'<text x="{x_of(x):.1f}" y="{bottom + 17}" text-anchor="middle">{x:,.6g}</text>')
     parts.append(f'<text x="0" y="11">{escape(y_axis.label)}</text>')
@@ -143,6 +143,10 @@ def _drawn(line: Line, x_of: Place, y_of: Place) -> str:
 
 def _scale(low: float, high: float, start: float, end: float) -> Place:
     return lambda value: start + (value - low) / ((high - low) or 1) * (end - start)
+
+
+def _tick(value: float) -> str:
+    return f"{value:.4g}".replace("-", "−")
 
 
 def _ends(values: Iterable[float]) -> tuple[float, float]:

@@ -129,6 +129,11 @@ def cell_of(number: Number, chance: float | None, mark: str | None = None) -> st
     return f'<td class="{look}" style="--share: {min(max(share, 0), 1):.3f}">{value:.3f} <small>{beside}</small>{below}</td>'
 
 
+def signed(value: float) -> str:
+    """With its sign, a true minus, and no sign where it rounds to nothing."""
+    return f"{value:+.3f}".replace("-", "−") if abs(value) >= 0.0005 else "0.000"
+
+
 def folded(summary: str, content: str, *, is_open: bool = False) -> str:
     """What a click unfolds."""
     return f"<details{' open' * is_open}><summary>{escape(summary)}</summary>{content}</details>"

@@ -8,19 +8,23 @@ from html import escape
 from statistics import fmean, median
 from typing import Any
 
+from datamodules.tasks import BENCHMARK_NAME
 from lightning_modules.charts import Line, chart_of, hues_of, legend_of
-from lightning_modules.report_scores import MANY, cell_of, folded, groups_of, table_of
+from lightning_modules.report_scores import MANY, cell_of, folded, groups_of, signed, table_of
 from lightning_modules.results import Number, Score, prefixes_of
 
 READ_AS = {  # what is measured, how to read it
-    "spread": "mean squared cosine of pairs, beside 2/d, which random directions have; more means that a corner of the space "
-    "is used",
-    "isotropy": "how evenly directions are used; 1 is evenly, 0 is along one line",
-    "hubness": "skewness of how often a candidate is among the nearest; 0 is even, above about 1 a few candidates are "
-    "found by everything",
-    "mean_cosine": "mean cosine of random pairs; 0 uses the whole sphere, towards 1 all vectors point the same way",
-    "modality_gap": "distance between the means of queries and of candidates; 0 when both lie in the same place",
+    "spread": "Mean squared cosine of pairs, as a multiple of that of random directions (1/d a side, 2/d both). Near 1 the "
+    "whole sphere is used; the higher, the smaller the part.",
+    "mean_cosine": "Mean cosine of pairs. Near 0 vectors point all ways; towards 1 they share one direction.",
+    "isotropy": "How evenly the variance lies over the dimensions. 1 is evenly, 0 along one line; as many vectors in random "
+    "directions reach the reference.",
+    "hubness": "Skewness of how often a candidate is among the 10 nearest. At the reference chance decides; far above it "
+    "a few candidates are near to everything.",
+    "modality_gap": "Distance between the mean query and the mean candidate, of benchmarks across modalities where there are "
+    "any. At the reference both fill one region; 2 is the most.",
 }
+ACROSS = "modality_gap"  # says most of benchmarks across modalities, so that the chart is of these
 RATIO = "spread"  # falls with the prefix, so that it is drawn as a multiple of its reference
 CSS = """
 .missing { color: var(--soft); text-align: left; white-space: normal; min-width: 9rem }
@@ -163,7 +167,7 @@ def prompts_section(scores: list[Score]) -> str:
         with_mean, without_mean = fmean(pair[2] for pair in pairs), fmean(pair[3] for pair in pairs)
         total = (
             f'<tr class="total"><th scope="row">mean of {len(pairs)}</th><td></td><td></td><td>{with_mean:.3f}</td>'
-            f"<td>{without_mean:.3f}</td><td>{_signed(without_mean - with_mean)}</td></tr>"
+            f"<td>{without_mean:.3f}</td><td>{signed(without_mean - with_mean)}</td></tr>"
         )
     tables = _prompts_table([*rows[:MANY], total])
     tables += folded(f"The other {len(rows) - MANY}", _prompts_table(rows[MANY:])) if len(rows) > MANY else ""
@@ -186,12 +190,7 @@ def _prompts_table(rows: Sequence[str]) -> str:
 def _change(difference: float, most: float) -> str:
     look = " less" if difference < 0 else ""
     bar = f'<i class="{look.strip()}" style="right: 0; width: {abs(difference) / most:.1%}"></i>'
-    return f'<td class="change{look}">{_signed(difference)}{bar}</td>'
-
-
-def _signed(value: float) -> str:
-    """With its sign, a true minus, and no sign where it rounds to nothing."""
-    return f"{value:+.3f}".replace("-", "−") if abs(value) >= 0.0005 else "0.000"
+    return f'<td class="change{look}">{signed(difference)}{bar}</td>'
 
 
 def space_section(rows: Sequence[dict[str, Any]]) -> str:
@@ -219,6 +218,8 @@ def _words(measure: str) -> str:
 
 def _space_figure(measure: str, rows: list[dict[str, Any]], hues: dict[str, float]) -> str:
     given = [row for row in rows if row["value"] is not None and math.isfinite(row["value"])]
+    if measure == ACROSS:
+        given = [row for row in given if _is_across(row["benchmark"])] or given
     is_ratio = measure == RATIO and all(row.get("reference") for row in given)
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     references: dict[int, list[float]] = defaultdict(list)
@@ -242,6 +243,11 @@ def _space_figure(measure: str, rows: list[dict[str, Any]], hues: dict[str, floa
         f"<figure><figcaption><b>{escape(_words(measure))}</b></figcaption>"
         f'{chart}<p class="note">{escape(READ_AS.get(measure, ""))}</p></figure>'
     )
+
+
+def _is_across(benchmark: str) -> bool:
+    match = BENCHMARK_NAME.fullmatch(benchmark)
+    return match is not None and match[1] != match[2]
 
 
 def _space_table(rows: list[dict[str, Any]]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from datamodules.record import read_json
 
-MAX_ARRAY_BYTES = 2**28  # of one array of values.npz, 33 million queries: our choice
+MAX_VALUES_BYTES = 2**30  # of the arrays that are read of a values.npz: our choice
 BYTES = {"float32": 4.0, "int8": 1.0, "binary": 1 / 8}  # of a stored dimension, for rows that do not say
 NUMBER, COUNT, TEXT = (int, float), int, str
 REQUIRED = {"benchmark": TEXT}
@@ -147,7 +147,7 @@ def _wrong(row: Any) -> str | None:
 
 
 class Values:
-    """Per-query values of a folder's values.npz; without the file there are none.
+    """Per-query values of a folder's values.npz, of float32 vectors with prompts; without the file there are none.
 
     Raises:
         ValueError: The file is broken.
@@ -156,40 +156,40 @@ class Values:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "values.npz"
         self.is_there = self.path.exists()
-        self._names = self._tried(lambda archive: frozenset(archive.files)) if self.is_there else frozenset()
+        self._arrays: dict[str, np.ndarray] = {}
+        try:
+            if self.is_there:
+                self._arrays = _arrays(self.path)
+        except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+            raise ValueError(f"{self.path} is broken ({_why(error)}); evaluate again") from error
 
     def of(self, score: Score, prefix: int) -> dict[int, float] | None:
         """Content id of a query to its value; None where only the mean is known.
 
         Raises:
-            ValueError: An array is broken, or values and queries do not fit each other.
+            ValueError: Values and queries do not fit each other.
         """
         key = f"{score.benchmark}|{score.metric}|{prefix}|{score.dtype}|{str(score.has_prompts).lower()}"
-        names = f"{score.benchmark}|queries", key
-        if not self._names.issuperset(names):
+        ids, values = self._arrays.get(f"{score.benchmark}|queries"), self._arrays.get(key)
+        if ids is None or values is None:
             return None
-        ids, values = (self._tried(lambda archive, name=name: _array(archive, name)) for name in names)
         if ids.dtype.kind not in "iu" or values.dtype.kind != "f" or ids.ndim != 1 or ids.shape != values.shape:
             raise ValueError(f"{self.path}: {key} is no list of one number for each query; evaluate again")
         if len(np.unique(ids)) < len(ids) or not np.isfinite(values).all():
             raise ValueError(f"{self.path}: {key} has a query twice or a value that is no number; evaluate again")
         return dict(zip(ids.tolist(), values.tolist(), strict=True))
 
-    def _tried(self, read: Any) -> Any:
-        try:
-            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                if not isinstance(archive, np.lib.npyio.NpzFile):
-                    raise ValueError("it is no archive of arrays")
-                return read(archive)
-        except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-            raise ValueError(f"{self.path} is broken ({_why(error)}); evaluate again") from error
 
-
-def _array(archive: Any, name: str) -> np.ndarray:
-    size = archive.zip.getinfo(f"{name}.npy").file_size
-    if size > MAX_ARRAY_BYTES:
-        raise ValueError(f"{name} takes {size} bytes, more than {MAX_ARRAY_BYTES}")
-    return archive[name]
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is no archive of arrays")
+        names = [name for name in archive.files if name.endswith(("|float32|true", "|queries"))]
+        assert archive.zip is not None
+        size = sum(archive.zip.getinfo(f"{name}.npy").file_size for name in names)
+        if size > MAX_VALUES_BYTES:
+            raise ValueError(f"it takes {size} bytes, more than {MAX_VALUES_BYTES}")
+        return {name: archive[name] for name in names}
 
 
 def _why(error: BaseException) -> str:
