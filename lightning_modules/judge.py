@@ -226,14 +226,16 @@ class Judge:
                 f"benchmark {judged.name!r}: {len(lost)} queries have nothing relevant, the first is {key!r}; take them out"
             )
         chance = metrics.retrieval_chance(*by_query, num_candidates)
+        sampled = (query_QD[evenly(num_queries)], torch.from_numpy(columns[1].rows(candidates.first[evenly(num_candidates)])))
         for width in judged.settings.widths:
             for dtype in judged.settings.dtypes:
                 rank_R = self._ranks(query_QD, columns[1].chunks(wanted), relevance, width, dtype)
                 values = metrics.retrieval(rank_R, relevance.query, relevance.gain, num_queries)
                 judged.add(width, dtype, values, chance)
             if judged.settings.prompts:
-                candidate_CD = cut(torch.from_numpy(columns[1].rows(evenly(candidates.first))), width)
-                judged.findings.space.extend(health_rows(judged.name, width, cut(query_QD, width), candidate_CD))
+                left_QW, right_CW = (cut(side, width) for side in sampled)
+                numbers = (num_queries, num_candidates)
+                judged.findings.space.extend(health_rows(judged.name, width, left_QW, right_CW, numbers=numbers))
         if judged.settings.prompts:
             shown = np.arange(num_queries)[:: max(1, num_queries // NUM_SHOWN_QUERIES)][:NUM_SHOWN_QUERIES]
             full = judged.settings.widths[-1]

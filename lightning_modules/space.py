@@ -7,6 +7,7 @@ queries, C candidates, D width, R rows at a time, K nearest and one more.
 import math
 from typing import Any
 
+import numpy as np
 import scipy.stats
 import torch
 from torch import Tensor
@@ -28,7 +29,14 @@ UNDEFINED = {
 }
 
 
-def health_rows(benchmark: str, prefix: int, query_QD: Tensor, candidate_CD: Tensor) -> list[dict[str, Any]]:
+def evenly(number: int) -> np.ndarray:
+    """Which of so many rows are measured: all, or as many as `MOST_ROWS`, evenly spaced."""
+    return np.arange(min(number, MOST_ROWS)) * number // min(number, MOST_ROWS)
+
+
+def health_rows(
+    benchmark: str, prefix: int, query_QD: Tensor, candidate_CD: Tensor, *, numbers: tuple[int, int] | None = None
+) -> list[dict[str, Any]]:
     """Rows of space.json for one benchmark at one prefix, each beside what vectors in random directions would give.
 
     Of a side of more than 10,000 vectors as many, evenly spaced, are measured, which the row's note says.
@@ -38,19 +46,20 @@ def health_rows(benchmark: str, prefix: int, query_QD: Tensor, candidate_CD: Ten
         prefix: Width D of the vectors.
         query_QD: Unit vectors of distinct queries.
         candidate_CD: Unit vectors of distinct candidates.
+        numbers: How many queries and candidates there are, where these are those of `evenly` already.
 
     Raises:
         ValueError: A vector is not of length 1 (NaN, infinite or zero).
     """
     sides = {"queries": query_QD, "candidates": candidate_CD}
     sampled, notes = {}, {}
-    for side, vectors in sides.items():
+    for (side, vectors), number in zip(sides.items(), numbers or map(len, sides.values()), strict=True):
         assert vectors.ndim == 2
         assert vectors.shape[1] == prefix
         _check_units(benchmark, side, vectors)
-        sampled[side], notes[side] = _sample(vectors.float()), []
-        if len(vectors) > MOST_ROWS:
-            notes[side].append(f"{MOST_ROWS:,} of {len(vectors):,} {side}, evenly spaced")
+        sampled[side], notes[side] = vectors[torch.from_numpy(evenly(len(vectors)))].float(), []
+        if number > MOST_ROWS:
+            notes[side].append(f"{MOST_ROWS:,} of {number:,} {side}, evenly spaced")
     query_QD, candidate_CD = sampled.values()
     found: list[tuple[str, str, float, float]] = []  # side, measure, value, reference
     for side, unit_ND in sampled.items():
@@ -192,12 +201,6 @@ def _check_units(benchmark: str, side: str, vectors_ND: Tensor) -> None:
             f"benchmark {benchmark!r}: {int(is_off_N.sum())} of {len(vectors_ND)} vectors of the {side} are not of length 1, "
             f"number {first}, the first, is of {vectors_ND[first].float().norm():g}; look at what the encoder makes of it"
         )
-
-
-def _sample(vectors_ND: Tensor) -> Tensor:
-    if len(vectors_ND) <= MOST_ROWS:
-        return vectors_ND
-    return vectors_ND[torch.arange(MOST_ROWS, device=vectors_ND.device) * len(vectors_ND) // MOST_ROWS]
 
 
 def _or_null(value: float) -> float | None:

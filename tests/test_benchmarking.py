@@ -58,7 +58,7 @@ def test_scores_are_logged_and_the_best_encoder_is_kept(judged):
     assert list(found) == [4, 8, 12]
     for values in found.values():
         assert values.pop("benchmark/mean") == pytest.approx(sum(values.values()) / len(values))
-    means = {step: values for step, values in scores(out).items()}
+    means = scores(out)
     best = max(means, key=lambda step: (means[step]["benchmark/mean"], -step))
     provenance = read_provenance(out / "encoder-best")
     assert provenance["steps"] == best
