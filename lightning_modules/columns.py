@@ -132,8 +132,8 @@ def _in_memory(blocks: BlockEncoder, split: Split, side: Side, prompt: str | Non
     columns = [torch.from_numpy(np.concatenate(parts)[step - num_own :]) for parts in zip(*found, strict=True)]
     if num_ranks() > 1:
         device = blocks.encoder.device
-        counts = [[max(0, min(len(split), (n + 1) * step) - n * step) for n in range(num_ranks())]] * 2
-        columns = [column.cpu() for column in gathered([column.to(device) for column in columns], counts)]
+        counts = [[max(0, min(len(split), (n + 1) * step) - n * step) for n in range(num_ranks())]]
+        columns = [gathered([column.to(device)], counts)[0].cpu() for column in columns]
     return InMemory(columns[0].numpy(), columns[1].numpy())
 
 

@@ -25,10 +25,11 @@ from datamodules.job import digest_of
 from datamodules.tasks import BenchmarkSpec
 from lightning_modules.encoder.checkpoint import load_encoder, read_provenance, trainable
 from lightning_modules.encoder.embedder import ComputeConfig, probe
-from lightning_modules.judge import Judge, device_named
+from lightning_modules.judge import Findings, Judge, device_named
 from lightning_modules.objective.gather import this_rank
 from lightning_modules.precision import Dtype
 from lightning_modules.report import results_table, write_report
+from lightning_modules.suites import SuiteSpec, judge_suites, require_mteb
 
 
 def evaluate(
@@ -40,6 +41,7 @@ def evaluate(
     prefixes: list[int] | None = None,
     dtypes: list[Dtype] = ["float32"],  # noqa: B006 (never changed)
     without_prompts: bool = False,
+    suites: SuiteSpec | None = None,
     runs: list[str] | None = None,
     compute: ComputeConfig = ComputeConfig(),  # noqa: B008 (frozen)
     batch_size: int = 64,
@@ -58,6 +60,7 @@ def evaluate(
         prefixes: Widths to judge; None means those the encoder was trained with.
         dtypes: How candidates are stored: float32, int8, binary, binary_rescored.
         without_prompts: Judge benchmarks that have prompts once more without, at full width.
+        suites: Benchmarks and tasks of mteb; their results lie in `<out>/mteb` too, in mteb's format.
         runs: Folders of training runs whose curves the report shows.
         compute: How a batch goes through the encoder: memory and time.
         batch_size: Examples embedded at once.
@@ -69,8 +72,12 @@ def evaluate(
     """
     began = time.perf_counter()
     curves = _curves(runs or [])
+    if not benchmarks and suites is None:
+        raise ValueError("there is no benchmark to evaluate; include benchmarks/world or benchmarks/mteb, or give benchmarks")
     if benchmarks and root is None:
         raise ValueError("root is missing: the folder that the benchmarks' shards lie in")
+    if suites is not None:
+        require_mteb()
     encoder, processor = load_encoder(checkpoint)
     probe(encoder)
     encoder.use(compute)
@@ -88,9 +95,25 @@ def evaluate(
             device=own_device,
             store=(vectors, name),
         )
-        found = judge.results(benchmarks, prefixes, dtypes=dtypes, without_prompts=without_prompts)
+        found = (
+            judge.results(benchmarks, prefixes, dtypes=dtypes, without_prompts=without_prompts) if benchmarks else Findings()
+        )
         if this_rank() > 0:
             return
+    if suites is not None:
+        found.rows.extend(
+            judge_suites(
+                suites,
+                encoder,
+                processor,
+                Path(out),
+                model_name=Path(checkpoint).resolve().name,
+                revision=provenance["sha256"],
+                widths=encoder.config.prefixes if prefixes is None else prefixes,
+                batch_size=batch_size,
+                device=own_device,
+            )
+        )
     write_values(Path(out) / "values.npz", found.values)
     replace_file(Path(out) / "space.json", json.dumps(found.space, indent=1))
     replace_file(Path(out) / "results.json", json.dumps(found.rows, indent=1))
@@ -111,7 +134,7 @@ def evaluate(
         space=found.space,
         facts={name: value for name, value in facts.items() if value},
     )
-    shutil.rmtree(vectors)
+    shutil.rmtree(vectors, ignore_errors=not benchmarks)
     console = Console(width=None if os.isatty(1) else 120)
     console.print(f"results in {Path(out) / 'results.json'}, report in {Path(out) / 'report.html'}")
     console.print(results_table(found.rows))

@@ -4,7 +4,7 @@ Letters: Q queries, D embedding width.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,12 @@ class Findings:
 
 @dataclass(frozen=True)
 class Settings:
-    """At which widths, in which forms and with which prompts benchmarks are judged."""
+    """At which widths, in which forms, with which prompts, and whether with intervals, the space's health and neighbours."""
 
     widths: Sequence[int]
     dtypes: Sequence[Dtype] = ("float32",)
     prompts: bool = True
+    deep: bool = True
 
 
 class Judge:
@@ -113,6 +114,7 @@ class Judge:
         *,
         dtypes: Sequence[Dtype] = ("float32",),
         without_prompts: bool = False,
+        deep: bool = True,
     ) -> Findings:
         """Judge benchmarks.
 
@@ -125,6 +127,7 @@ class Judge:
             prefixes: Widths; None means those the encoder was trained with.
             dtypes: Forms in which vectors are stored.
             without_prompts: Judge benchmarks that have prompts once more without, at full width.
+            deep: Give intervals, the space's health and neighbours too.
 
         Raises:
             ValueError: No benchmark, a name, prefix or metric that does not fit, a split that is missing or lacks what is
@@ -140,10 +143,10 @@ class Judge:
             ticket = self._bar.add_task("benchmarks", total=len(benchmarks))
             for name, spec in benchmarks.items():
                 self._bar.update(ticket, description=name)
-                self._judge(findings, name, spec, Settings(widths, dtypes))
+                self._judge(findings, name, spec, Settings(widths, dtypes, deep=deep))
                 if without_prompts and (spec.query_prompt, spec.target_prompt) != (None, None):
                     bare = dataclasses.replace(spec, query_prompt=None, target_prompt=None)
-                    self._judge(findings, name, bare, Settings(widths[-1:], prompts=False))
+                    self._judge(findings, name, bare, Settings(widths[-1:], prompts=False, deep=False))
                 self._bar.advance(ticket)
             self._bar.remove_task(ticket)
         return findings
@@ -160,7 +163,7 @@ class Judge:
         """
         self._columns.clear()
         first: dict[str, float] = {}
-        for row in self.results(benchmarks, [self.encoder.config.embedding_dim]).rows:
+        for row in self.results(benchmarks, [self.encoder.config.embedding_dim], deep=False).rows:
             if row["value"] is None:
                 raise ValueError(f"benchmark {row['benchmark']!r} has no value: {row['note']}")
             first.setdefault(row["benchmark"], row["value"])
@@ -214,7 +217,7 @@ class Judge:
         wanted = candidates.mask()
         if spec.metric == ANSWERS:
             for width in judged.settings.widths:
-                chunks = (Chunk(c.positions, cut(_tensor(c), width).numpy()) for c in columns[1].chunks(wanted))
+                chunks = _cut(columns[1].chunks(wanted), width)
                 found = exact(cut(query_QD, width), chunks, ANSWER_DOCUMENTS, self.device)
                 judged.add(width, "float32", {ANSWERS: self._answered(spec, queries, found.positions)}, {ANSWERS: None})
             return
@@ -232,20 +235,18 @@ class Judge:
                 rank_R = self._ranks(query_QD, columns[1].chunks(wanted), relevance, width, dtype)
                 values = metrics.retrieval(rank_R, relevance.query, relevance.gain, num_queries)
                 judged.add(width, dtype, values, chance)
-            if judged.settings.prompts:
+            if judged.settings.deep:
                 left_QW, right_CW = (cut(side, width) for side in sampled)
                 numbers = (num_queries, num_candidates)
                 judged.findings.space.extend(health_rows(judged.name, width, left_QW, right_CW, numbers=numbers))
-        if judged.settings.prompts:
+        if judged.settings.deep:
             shown = np.arange(num_queries)[:: max(1, num_queries // NUM_SHOWN_QUERIES)][:NUM_SHOWN_QUERIES]
             full = judged.settings.widths[-1]
-            chunks = (Chunk(c.positions, cut(_tensor(c), full).numpy()) for c in columns[1].chunks(wanted))
-            found = exact(cut(query_QD[shown], full), chunks, NUM_SHOWN_NEIGHBOURS, self.device)
+            found = exact(cut(query_QD[shown], full), _cut(columns[1].chunks(wanted), full), NUM_SHOWN_NEIGHBOURS, self.device)
             relevant = set(zip(relevance.query.tolist(), relevance.candidate.tolist(), strict=True))
             for query, positions, cosines in zip(shown.tolist(), found.positions.tolist(), found.cosines.tolist(), strict=True):
-                items = self._items(*found_in, positions)
                 marks = [(query, position) in relevant for position in positions]
-                near = tuple(zip(items, cosines, marks, strict=True))
+                near = tuple(zip(self._items(*found_in, positions), cosines, marks, strict=True))
                 asking = self._items(*asked_of, [int(queries.first[query])])[0]
                 judged.findings.neighbours.append(Neighbours(judged.name, asking, near))
 
@@ -311,10 +312,9 @@ class Judge:
         if np.ptp(gold_Q) == 0:
             raise ValueError(f"benchmark {judged.name!r}: all gold scores of {split.folder} are {gold_Q[0]:g}")
         every = np.arange(len(split))
-        left_QD, right_QD = (
-            torch.from_numpy(self._column(spec.shards, side, prompt).rows(every))
-            for side, prompt in (("query", spec.query_prompt), ("target", spec.target_prompt))
-        )
+        prompts: dict[Side, str | None] = {"query": spec.query_prompt, "target": spec.target_prompt}
+        columns = [self._column(spec.shards, side, prompt) for side, prompt in prompts.items()]
+        left_QD, right_QD = (torch.from_numpy(column.rows(every)) for column in columns)
         judged.sizes(len(split), len(split), None)
         for width in judged.settings.widths:
             left_QW, right_QW = cut(left_QD, width), cut(right_QD, width)
@@ -322,7 +322,7 @@ class Judge:
                 # int8 keeps one side as it is, as a query; bits meet bits
                 cosine_Q = (asked(left_QW, dtype) * stored(right_QW, dtype)).sum(-1).double().numpy()
                 value = metrics.spearman(cosine_Q, gold_Q)
-                interval = None if value is None else spearman_interval(cosine_Q, gold_Q)
+                interval = spearman_interval(cosine_Q, gold_Q) if value is not None and judged.settings.deep else None
                 note = None if value is not None else "all cosines are alike: the embeddings have collapsed"
                 judged.row("spearman", width, dtype, value, interval=interval, chance=0.0, note=note)
 
@@ -422,7 +422,7 @@ class Judged:
         for metric in sorted(values, key=lambda metric: metric != headline):
             interval = None
             if metric == headline:
-                interval = bootstrap_interval(values[metric])
+                interval = bootstrap_interval(values[metric]) if self.settings.deep else None
                 key = f"{self.name}|{metric}|{width}|{dtype}|{str(self.settings.prompts).lower()}"
                 self.findings.values[key] = values[metric]
             elif dtype != "float32" or not self.settings.prompts:
@@ -469,8 +469,10 @@ def device_named(name: str) -> str:
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _tensor(chunk: Chunk) -> Tensor:
-    return torch.from_numpy(np.array(chunk.vectors, np.float32))
+def _cut(chunks: Iterable[Chunk], width: int) -> Iterator[Chunk]:
+    """Chunks of a prefix."""
+    for positions, vectors in chunks:
+        yield Chunk(positions, cut(torch.from_numpy(np.array(vectors, np.float32)), width).numpy())
 
 
 def _text(item: Item) -> str:

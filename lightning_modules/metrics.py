@@ -5,6 +5,7 @@ Letters: Q queries, C candidates or classes, R judged pairs, N training items, D
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -115,7 +116,8 @@ def clustering(embedding_QD: Tensor, class_Q: np.ndarray, seed: int = 0) -> tupl
 
     Source: Rosenberg and Hirschberg 2007; MTEB's clustering score is the same of samples, by mini-batches.
     """
-    found = KMeans(len(np.unique(class_Q)), n_init=10, random_state=seed).fit_predict(embedding_QD.numpy())
+    means: Any = KMeans(len(np.unique(class_Q)), n_init=10, random_state=seed)  # pyright: ignore[reportArgumentType]
+    found = means.fit_predict(embedding_QD.numpy())
     random = np.random.default_rng(seed)
     shuffled = [v_measure_score(random.permutation(class_Q), found) for _ in range(NUM_SHUFFLES)]
     return float(v_measure_score(class_Q, found)), float(np.mean(shuffled))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Dtype = Literal["float32", "int8", "binary", "binary_rescored"]
-BITS = {"float32": 32, "int8": 8, "binary": 1, "binary_rescored": 1}
+BITS: dict[Dtype, int] = {"float32": 32, "int8": 8, "binary": 1, "binary_rescored": 1}
 LARGEST = 127  # of a signed byte; −128 stays unused, so that negation is exact
 
 
