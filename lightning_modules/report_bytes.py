@@ -42,7 +42,7 @@ def bytes_section(scores: list[Score]) -> str:
     if len(several) > MANY:
         groups = groups_of(next(iter(by_dtype.values())) for by_dtype in several)
         figures = [
-            _figure(name, mean_points([kinds[score.benchmark] for score in group]), f"mean of {len(group)}", hues)
+            _figure(name, mean_points([kinds[score.benchmark] for score in group]), _y_label(group), hues)
             for name, group in groups.items()
         ]
     else:
@@ -122,6 +122,10 @@ def _told(front: list[Point], best: float) -> str:
     return f"{'; '.join([head, *told])}."
 
 
+def _y_label(group: list[Score]) -> str:
+    return group[0].metric if len(group) == 1 else f"mean of {len(group)}"
+
+
 def _figure(name: str, points: list[Point], y_label: str, hues: dict[str, float]) -> str:
     chart = _chart(points, y_label, hues, SMALL) if points else '<p class="note">nothing that all of them have</p>'
     return f"<figure><figcaption><b>{escape(name)}</b></figcaption>{chart}</figure>"
@@ -148,7 +152,7 @@ def _chart(points: list[Point], y_label: str, hues: dict[str, float], size: tupl
             own = sorted(point for point in points if point.dtype == dtype)
             dots = "".join(_dot(*at(point), is_front=point in front) for point in own)
             parts.append(f'<g style="--hue: {hue:g}"><polyline class="line thin" points="{_path(map(at, own))}"/>{dots}</g>')
-        return parts + _labels([(*at(point), str(point.prefix)) for point in reversed(front)], [at(p) for p in points])
+        return parts + _labels([(*at(p), str(p.prefix)) for p in reversed(front)], [at(p) for p in points], size[0])
 
     return framed(x_axis, y_axis, draw, size=size, look="large" if size == LARGE else "")
 
@@ -162,15 +166,15 @@ def _dot(x: float, y: float, *, is_front: bool) -> str:
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" {look}/>'
 
 
-def _labels(wanted: list[tuple[float, float, str]], dots: list[tuple[float, float]]) -> list[str]:
+def _labels(wanted: list[tuple[float, float, str]], dots: list[tuple[float, float]], width: int) -> list[str]:
     """Labels above or beside their points, where they cover neither each other nor points; what fits nowhere is left out."""
-    boxes = [(x - 4, y - 4, x + 4, y + 4) for x, y in dots]
+    boxes = [(x - 4, y - 4, x + 4, y + 4) for x, y in dots] + [(0, 0, 110, 14)]  # the axis has its name there
     parts = []
     for x, y, text in wanted:
         half = LETTER_WIDTH * len(text) / 2
         for middle, base in ((x, y - 8), (x - half - 4, y - 6), (x + half + 4, y + 14), (x, y + 17)):
             box = (middle - half, base - LETTER_HEIGHT + 3, middle + half, base + 1)
-            if box[1] >= 14 and not any(_overlap(box, other) for other in boxes):
+            if box[1] >= 0 and box[2] <= width and not any(_overlap(box, other) for other in boxes):
                 boxes.append(box)
                 parts.append(f'<text class="value" x="{middle:.1f}" y="{base:.1f}" text-anchor="middle">{escape(text)}</text>')
                 break

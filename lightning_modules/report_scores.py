@@ -94,7 +94,7 @@ def table_of(scores: list[Score], prefixes: Sequence[int]) -> str:
     """A table with a column per prefix; a benchmark without a number says why."""
     head = "".join(f'<th scope="col">{prefix}</th>' for prefix in prefixes)
     body = "".join(
-        f'<tr><th scope="row">{escape(score.benchmark)}<small>{escape(score.size)}</small></th>'
+        f'<tr><th scope="row">{escape(score.benchmark)}<small>{escape(_beneath(score))}</small></th>'
         f'<td class="metric">{_breakable(score.name)}</td><td>{"" if score.chance is None else f"{score.chance:.3f}"}</td>'
         f"{_cells(score, prefixes)}</tr>"
         for score in scores
@@ -105,16 +105,18 @@ def table_of(scores: list[Score], prefixes: Sequence[int]) -> str:
     )
 
 
+def _beneath(score: Score) -> str:
+    return "; ".join(filter(None, [score.size, *(score.notes if score.numbers else [])]))
+
+
 def _breakable(metric: str) -> str:
     return escape(metric).replace("_", "_<wbr>")
 
 
 def _cells(score: Score, prefixes: Sequence[int]) -> str:
-    note = escape("; ".join(score.notes))
     if not score.numbers:
-        return f'<td class="missing" colspan="{max(1, len(prefixes))}">{note}</td>'
-    empty = f'<td class="missing"><small>{note}</small></td>' if note else "<td></td>"
-    return "".join(cell_of(score.numbers[p], score.chance) if p in score.numbers else empty for p in prefixes)
+        return f'<td class="missing" colspan="{max(1, len(prefixes))}">{escape("; ".join(score.notes))}</td>'
+    return "".join(cell_of(score.numbers[p], score.chance) if p in score.numbers else "<td></td>" for p in prefixes)
 
 
 def cell_of(number: Number, chance: float | None, mark: str | None = None) -> str:
@@ -171,7 +173,8 @@ def _group_figure(name: str, group: list[Score]) -> str:
     metrics = list(dict.fromkeys(score.metric for score in group))
     y_label = metrics[0] if len(metrics) == 1 else f"{len(metrics)} metrics"
     chart = chart_of(lines, x_label="prefix (dimensions)", y_label=y_label, prefixes=prefixes)
-    return f"<figure><figcaption><b>{escape(name)}</b><small>{_counted(group)}</small></figcaption>{chart}</figure>"
+    number = f"<small>{_counted(group)}</small>" if len(group) > 1 else ""
+    return f"<figure><figcaption><b>{escape(name)}</b>{number}</figcaption>{chart}</figure>"
 
 
 def points_of(score: Score) -> list[tuple[float, float]]:

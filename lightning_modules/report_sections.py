@@ -29,6 +29,9 @@ RATIO = "spread"  # falls with the prefix, so that it is drawn as a multiple of 
 CSS = """
 .missing { color: var(--soft); text-align: left; white-space: normal; min-width: 9rem }
 .interval.interval { display: block; opacity: .6; font-size: .72rem }
+.languages table { width: auto; min-width: min(100%, 26rem) } .languages td { padding-block: .25rem }
+.languages td small { display: inline-block; min-width: 1.2em; line-height: 1 }
+.languages .interval.interval { display: inline-block; min-width: 7.4em }
 .band { fill: oklch(var(--light) .13 var(--hue)); opacity: .17 }
 .sample-band { stroke: var(--soft); stroke-width: 8; opacity: .3 }
 .front { fill: none; stroke: var(--soft); stroke-width: 7; opacity: .22; stroke-linejoin: round; stroke-linecap: round }
@@ -85,7 +88,7 @@ def _languages(groups: dict[str, list[Score]]) -> str:
         key=lambda language: -fmean(column[language].value for column in values.values() if language in column),
     )
     ends = {name: _ends(column) for name, column in values.items()}
-    rows = ""
+    rows = []
     for language in languages:
         cells = "".join(
             cell_of(column[language], columns[name][language][0].chance, ends[name].get(language, ""))
@@ -93,15 +96,16 @@ def _languages(groups: dict[str, list[Score]]) -> str:
             else "<td></td>"
             for name, column in values.items()
         )
-        rows += f'<tr><th scope="row">{escape(language)}</th>{cells}</tr>'
-    means = "".join(f"<td>{fmean(n.value for n in column.values()):.3f} <small></small></td>" for column in values.values())
+        rows.append(f'<tr><th scope="row">{escape(language)}</th>{cells}</tr>')
+    empty = "<small></small>" + '<small class="interval"></small>' * any("interval" in row for row in rows)
+    means = "".join(f"<td>{fmean(n.value for n in column.values()):.3f} {empty}</td>" for column in values.values())
     heads = "".join(
         f'<th scope="col">{escape(name)}{"" if len(groups) == 1 else f"<small>{prefix_of[name]}</small>"}</th>'
         for name in columns
     )
     table = (
-        f'<div class="scroll"><table><thead><tr><th scope="col">language</th>{heads}</tr></thead><tbody>{rows}'
-        f'<tr class="total score-total"><th scope="row">mean</th>{means}</tr></tbody></table></div>'
+        f'<div class="scroll languages"><table><thead><tr><th scope="col">language</th>{heads}</tr></thead>'
+        f'<tbody>{"".join(rows)}<tr class="total"><th scope="row">mean</th>{means}</tr></tbody></table></div>'
     )
     metrics = dict.fromkeys(score.metric for group in groups.values() for score in group)
     table = folded(f"{len(languages)} languages", table) if len(languages) > MANY else table

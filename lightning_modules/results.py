@@ -181,9 +181,7 @@ class Values:
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is no archive of arrays")
+    with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
         names = [name for name in archive.files if name.endswith(("|float32|true", "|queries"))]
         assert archive.zip is not None
         size = sum(archive.zip.getinfo(f"{name}.npy").file_size for name in names)

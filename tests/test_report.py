@@ -20,8 +20,9 @@ from rich.console import Console
 from datamodules.sample import Item, Part, media_item, text_item
 from lightning_modules import charts
 from lightning_modules.report import Neighbours, results_table, write_report
+from lightning_modules.report_bytes import Point, bytes_section, front_of
 from lightning_modules.report_scores import cell_of
-from lightning_modules.results import Number
+from lightning_modules.results import Number, scores_of
 
 PREFIXES = (64, 128, 256, 512, 768)
 HOSTILE = "<script>document.title='it ran'</script><img src=x onerror=\"document.title='it ran'\">"
@@ -237,6 +238,198 @@ def test_no_rows_and_repeated_rows_are_refused(sample: dict[str, Any], tmp_path:
     with pytest.raises(ValueError, match="two rows give recall@1"):
         results_table([sample["rows"][0]] * 2)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_an_interval_stands_in_its_cell_and_as_a_band(tmp_path: Path) -> None:
+    rows = [
+        row | {"low": row["value"] - 0.02, "high": row["value"] + 0.03} for row in make_curve("a/text-text", "m@1", 0.8, 0.1)
+    ]
+    text = written(tmp_path, rows)
+    for row in rows:
+        assert f'<small class="interval">{row["low"]:.3f}–{row["high"]:.3f}</small>' in text
+    assert len(re.findall(r'<polygon class="band" points="[^"]+"', text)) == 1
+    assert "polygon" not in written(tmp_path, make_curve("a/text-text", "m@1", 0.8, 0.1)).split("</style>")[1]
+
+
+def test_a_row_without_a_number_says_why_and_is_in_no_chart(tmp_path: Path) -> None:
+    said = "not supported: the encoder takes no <audio>"
+    missing = {"benchmark": "b/text-audio", "metric": "m@1", "prefix": 64, "dtype": "float32", "value": None, "note": said}
+    rows = [*make_curve("a/text-text", "m@1", 0.8, 0.1), missing]
+    text = written(tmp_path, rows)
+    assert Page(text).text.count(said) == 1
+    assert len(re.findall("<figure>", text)) == 1
+    row = re.search(r'<th scope="row">b/text-audio.*?</tr>', text)
+    assert row is not None
+    assert not re.search(r"\d\.\d", row[0])
+    table = printed(results_table(rows))
+    assert said in table
+    assert "nan" not in table.lower()
+
+
+def test_a_value_that_is_not_finite_is_a_note_not_a_number(tmp_path: Path) -> None:
+    rows = make_curve("a/text-text", "m@1", 0.8, 0.1)
+    rows[0]["value"] = float("nan")
+    text = written(tmp_path, rows).split("</style>")[1]
+    assert "the value is nan" in text
+    assert ">nan " not in text
+
+
+def test_the_front_is_what_nothing_smaller_beats() -> None:
+    points = [Point(*values) for values in ((8, 0.5, "b", 64), (8, 0.4, "c", 64), (16, 0.5, "b", 128), (32, 0.7, "c", 32))]
+    points += [Point(64, 0.6, "a", 16), Point(128, 0.8, "a", 32)]
+    assert [(point.num_bytes, point.value) for point in front_of(points)] == [(8, 0.5), (32, 0.7), (128, 0.8)]
+
+
+def test_the_mean_over_bytes_is_of_benchmarks_that_have_every_dtype() -> None:
+    stored = {"float32": 4.0, "int8": 1.0, "binary": 0.125}
+    rows = [row for name in ("a", "b") for dtype in stored for row in make_curve(f"{name}/text-text", "m@1", 0.8, 0.1, dtype)]
+    rows += make_curve("sts/text-text", "spearman", 0.8, 0.0) + make_curve("sts/text-text", "spearman", 0.8, 0.0, "int8")
+    rows += make_curve("c/text-text", "m@1", 0.1, 0.1) + make_curve("c/text-text", "m@1", 0.1, 0.1, "int8")
+    for row in rows:
+        row["value"] *= {"float32": 1, "int8": 0.999, "binary": 0.5}[row["dtype"]]
+    section = bytes_section(scores_of(rows))
+    assert "mean of 2 retrieval benchmarks" in section
+    found = re.findall(r"</span> (\w+)</th><td>(\d+)</td><td>([\d,]+)</td><td>[\d.,]+×</td><td>([\d.]+)</td>", section)
+    assert found[0] == ("float32", "768", "3,072", f"{0.8 * (1 - 6 / 768):.3f}")
+    assert [int(size.replace(",", "")) for _, _, size, _ in found] == sorted(
+        (int(size.replace(",", "")) for _, _, size, _ in found), reverse=True
+    )
+    assert found[-1][:3] == ("binary", "64", "8")
+    assert f"The best mean, {0.8 * (1 - 6 / 768):.3f}, takes 3,072 bytes" in section
+    assert len(re.findall("<figcaption><b>", section)) == 1 + 4
+
+
+def test_other_dtypes_and_missing_prompts_stay_out_of_the_scores(tmp_path: Path) -> None:
+    rows = make_curve("a/text-text", "m@1", 0.8, 0.1)
+    rows += make_curve("a/text-text", "m@1", 0.7, 0.1, "int8")
+    rows += [row | {"prompts": False} for row in make_curve("a/text-text", "m@1", 0.6, 0.1)]
+    text = written(tmp_path, rows)
+    scores = section_of(text, "scores")
+    assert scores.count('<th scope="row">') == 1
+    assert "int8" not in scores
+    assert "int8" in section_of(text, "bytes")
+    assert section_of(text, "prefixes").count("<polyline") == 1
+    table = printed(results_table(rows))
+    assert table.count("a/text-text") == 1
+    assert f"{0.8 * (1 - 6 / 768):.3f}" in table
+
+
+def test_the_terminal_table_fits_120_columns() -> None:
+    rows = [
+        r for n in range(4) for r in make_curve(f"mteb.{'VeryLongRetrieval' * 3}{n}/text-text", "accuracy_zero_shot", 0.8, 0.1)
+    ]
+    console = Console(width=120, file=io.StringIO())
+    console.print(results_table(rows))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= 120
+    assert f"{0.8 * (1 - 6 / 768):.3f}" in shown
+
+
+def test_prompts_are_sorted_by_what_leaving_them_out_loses(tmp_path: Path) -> None:
+    rows = []
+    for name, loss in (("a", 0.01), ("b", 0.2), ("c", -0.1)):
+        rows += make_curve(f"{name}/text-text", "m@1", 0.5, 0.1)
+        rows += [row | {"prompts": False} for row in make_curve(f"{name}/text-text", "m@1", 0.5 - loss, 0.1)]
+    section = section_of(written(tmp_path, rows), "prompts").split("<details>")[0]
+    found = re.findall(r'<th scope="row">(.*?)</th>.*?<td[^>]*>([−+]?[\d.]+)(?:<i[^>]*></i>)?</td></tr>', section)
+    share = 1 - 6 / 768
+    wanted = [("b/text-text", -0.2), ("a/text-text", -0.01), ("c/text-text", 0.1), ("mean of 3", -0.11 / 3)]
+    assert found == [(name, f"{value * share:+.3f}".replace("-", "−")) for name, value in wanted]
+
+
+def test_languages_of_groups_lie_beside_each_other_with_best_and_worst_marked(tmp_path: Path) -> None:
+    rows = []
+    for group, ceilings in (
+        ("g", {"de": 0.9, "sw": 0.3, "hi": 0.6}),
+        ("h", {"de": 0.5, "sw": 0.7, "hi": 0.6}),
+        ("i", {"de": 0.5}),
+    ):
+        for language, ceiling in ceilings.items():
+            curve = make_curve(f"{group}_{language}/text-text", "m@1", ceiling, 0.1)
+            rows += [row | {"group": group, "language": language} for row in curve]
+    section = section_of(written(tmp_path, rows), "languages")
+    assert section.count("<table") == 1
+    found = re.findall(r'<th scope="row">(\w+)</th>(.*?)</tr>', section)
+    shown = {name: re.findall(r">([\d.]+) <small>(.?)</small>", cells) for name, cells in found}
+    share = 1 - 6 / 768
+    assert list(shown) == ["de", "hi", "sw", "mean"]
+    assert shown["de"] == [(f"{0.9 * share:.3f}", "▲"), (f"{0.5 * share:.3f}", "▼")]
+    assert shown["sw"] == [(f"{0.3 * share:.3f}", "▼"), (f"{0.7 * share:.3f}", "▲")]
+    assert [value for value, _ in shown["mean"]] == [f"{0.6 * share:.3f}"] * 2
+
+
+def test_the_vector_space_is_drawn_with_its_reference_and_how_to_read_it(tmp_path: Path) -> None:
+    space = [
+        {"benchmark": f"{b}/text-image", "prefix": p, "side": side, "measure": m, "value": v, "reference": r, "note": None}
+        for b in ("a", "b")
+        for p in PREFIXES
+        for side, m, v, r in (("queries", "spread", 3 / p, 1 / p), ("both", "modality_gap", 0.4, 0.01))
+    ]
+    space.append(space[0] | {"benchmark": HOSTILE, "value": None, "note": HOSTILE})
+    write_report(tmp_path / "r.html", title="t", rows=make_rows(), curves={}, neighbours=[], facts={}, space=space)
+    section = section_of((tmp_path / "r.html").read_text(), "space")
+    assert section.count("<figure>") == 2
+    assert "spread ÷ reference" in section
+    assert "Mean squared cosine of pairs" in section
+    assert "Distance between the mean query" in section
+    spread = section.split("<figure>")[1]
+    ys = [float(place.split(",")[1]) for place in re.findall(r'<polyline class="line " points="([^"]+)"', spread)[0].split()]
+    assert len(ys) == len(PREFIXES)
+    assert max(ys) - min(ys) < 0.11  # three times the reference everywhere
+    assert Page(section).text.count(HOSTILE) == 2
+    assert "script" not in Page(section).tags
+
+
+def test_many_benchmarks_are_shown_by_group_and_every_number_is_still_there(tmp_path: Path) -> None:
+    rows = [row for n in range(40) for row in make_curve(f"s{n}/text-text", "m@1", 0.3 + n / 100, 0.1)]
+    rows += make_curve("alone/text-image", "m@1", 0.9, 0.1)
+    text = written(tmp_path, rows)
+    assert section_of(text, "prefixes").count("<figure>") == 2
+    scores = section_of(text, "scores")
+    overview, *folded = scores.split("<details>")
+    assert re.findall(r'<th scope="row">([^<]+)', overview) == ["text → text", "alone/text-image"]
+    mean = sum((0.3 + n / 100) * (1 - 6 / 768) for n in range(40)) / 40
+    assert f"{mean:.3f}" in overview
+    assert [len(re.findall('<th scope="row">', part)) for part in folded] == [40, 1]
+
+
+def test_old_rows_without_the_newer_fields_are_shown(tmp_path: Path) -> None:
+    old = {"benchmark": "a/text-text", "metric": "m@1", "prefix": 64, "dtype": "float32", "value": 0.5, "chance": 0.1}
+    text = written(tmp_path, [old | {"num_queries": 10, "num_candidates": 20}])
+    assert re.findall(r'<section id="(\w+)"', text) == ["scores", "prefixes"]
+    assert "10 queries, 20 candidates" in text
+
+
+@needs_chromium
+def test_every_section_opens_without_console_message(tmp_path: Path) -> None:
+    rows = []
+    for name in ("de", "sw"):
+        for dtype in ("float32", "int8", "binary"):
+            rows += make_curve(f"{HOSTILE}_{name}/text-text", "m@1", 0.8, 0.1, dtype)
+        rows += [r | {"prompts": False} for r in make_curve(f"{HOSTILE}_{name}/text-text", "m@1", 0.6, 0.1)]
+    for row in rows:
+        row |= {"group": HOSTILE, "language": f"{row['benchmark'][-12:]}{HOSTILE}", "low": 0.1, "high": 0.9}
+    side = {"benchmark": "a", "prefix": 64, "side": HOSTILE, "measure": HOSTILE, "value": 0.1, "reference": 0.2, "note": None}
+    write_report(tmp_path / "r.html", title="t", rows=rows, curves={}, neighbours=[], facts={}, space=[side])
+    text = (tmp_path / "r.html").read_text()
+    assert re.findall(r'<section id="(\w+)"', text) == ["scores", "prefixes", "bytes", "languages", "prompts", "space"]
+    assert "script" not in Page(text).tags
+    assert not any(name.startswith("on") for name in Page(text).attributes)
+    dom, log = open_in_chromium((tmp_path / "r.html").as_uri(), tmp_path)
+    assert "CONSOLE" not in log
+    assert "<title>t</title>" in dom
+    assert requested(tmp_path) == []
+
+
+def written(folder: Path, rows: list[dict]) -> str:
+    """The page of these rows alone."""
+    write_report(folder / "report.html", title="a run", rows=rows, curves={}, neighbours=[], facts={})
+    return (folder / "report.html").read_text()
+
+
+def section_of(text: str, name: str) -> str:
+    return text.split(f'<section id="{name}"')[1].split("</section>")[0]
 
 
 def make_sample(folder: Path) -> dict[str, Any]:
