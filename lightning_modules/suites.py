@@ -26,7 +26,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from datamodules.processors.processor import Processor
 from kernels.contrastive import check_prefixes
 from lightning_modules.encoder.embedder import Embedder
-from lightning_modules.suite_encoder import SuiteEncoder, Vectors, media_of, picture_kind
+from lightning_modules.suite_encoder import SuiteEncoder, Vectors, media_of, picture_kind, undecoded
 
 MAX_SUBSET_ROWS = 100  # our choice: a task of more subsets (FLORES has 41,412 pairs of languages) has rows by language
 HUB_SECONDS = 10.0  # our choice: how long the hub may take to answer at all
@@ -270,6 +270,9 @@ class _SuiteJudge:
         task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)  # as in a new task
         try:
             task.load_data()
+            task.dataset = undecoded(task.dataset)
+        except ImportError as error:
+            return dict.fromkeys(widths, f"error: {_cause(error)}")
         except Exception as error:  # whatever the hub, its client and a task's own code raise
             source = task.metadata.dataset
             place = f"{source.get('path')} (revision {source.get('revision')})"
