@@ -178,8 +178,8 @@ def _png(image: Any) -> bytes:
 
 def _wav(sound: Any) -> bytes:
     """A sound's own file, or its samples as WAV in floating point, which loses nothing."""
-    if isinstance(sound, dict) and sound.get("bytes") is not None:
-        return sound["bytes"]
+    if isinstance(sound, dict) and "array" not in sound:
+        return _file_of(sound)
     samples = np.asarray(sound["array"], np.float32)
     file = io.BytesIO()
     soundfile.write(file, samples.T, int(sound["sampling_rate"]), format="WAV", subtype="FLOAT")  # mteb: channels first
@@ -189,12 +189,31 @@ def _wav(sound: Any) -> bytes:
 def _video(film: Any) -> Part:
     """A video's own file, which the decoders of `datasets` remember, or its frames as one."""
     film = getattr(film, "_hf_encoded", film)
-    if isinstance(film, dict):
-        film = film["path"] if film.get("bytes") is None else film["bytes"]
-    if isinstance(film, str | Path):
-        film = Path(film).read_bytes()
-    data = film if isinstance(film, bytes) else _mp4(np.asarray(film))
+    data = _file_of(film) if isinstance(film, dict | str | Path | bytes) else _mp4(np.asarray(film))
     return Part("video", data, VIDEO_MAGIC.get(data[4:8]) or VIDEO_MAGIC.get(data[:4]) or "unknown")
+
+
+def _file_of(medium: Any) -> bytes:
+    """The bytes of a medium that is given as such, as a path, or as `datasets` stores it."""
+    if isinstance(medium, dict):
+        medium = medium["path"] if medium.get("bytes") is None else medium["bytes"]
+    return medium if isinstance(medium, bytes) else Path(medium).read_bytes()
+
+
+def undecoded(data: Any) -> Any:
+    """A task's data with sound and video as files, where `datasets` lacks what it decodes them with; we decode them anyway."""
+    from datasets import Audio, Dataset, Video, config
+
+    if config.TORCHCODEC_AVAILABLE:
+        return data
+    if isinstance(data, dict):
+        for name, value in data.items():
+            data[name] = undecoded(value)
+    if isinstance(data, Dataset):
+        for name, feature in data.features.items():
+            if isinstance(feature, Audio | Video):
+                data = data.cast_column(name, type(feature)(decode=False))
+    return data
 
 
 def _mp4(frames: np.ndarray) -> bytes:

@@ -11,6 +11,7 @@ import json
 import math
 import random
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from datamodules.processors.processor import Processor
 from kernels.contrastive import check_prefixes
 from lightning_modules.encoder.embedder import Embedder
-from lightning_modules.suite_encoder import SuiteEncoder, Vectors, media_of, picture_kind
+from lightning_modules.suite_encoder import SuiteEncoder, Vectors, media_of, picture_kind, undecoded
 
 MAX_SUBSET_ROWS = 100  # our choice: a task of more subsets (FLORES has 41,412 pairs of languages) has rows by language
 HUB_SECONDS = 10.0  # our choice: how long the hub may take to answer at all
@@ -38,7 +39,7 @@ class SuiteSpec:
     """What of mteb is judged.
 
     Args:
-        tasks: Names of mteb's benchmarks (`MTEB(eng, v2)`) and tasks (`STS12`); or task objects, in Python.
+        tasks: Names of mteb's benchmarks (`MTEB(eng, v2)`) and tasks (`STS12`); in Python, its objects as well.
         prompts: Type of a task (`STS`), a task's name, or a side of retrieval (`query`, `document`), to the template around
             its texts; `-query` and `-document` behind a type or a name say the side. The most special one counts, and null is
             none. Items that hold media carry none.
@@ -106,7 +107,8 @@ def judge_suites(
         ticket = bar.add_task("mteb", total=len(tasks))
         for name, task in tasks.items():
             bar.update(ticket, description=name)
-            found[name] |= judge.judge(task, [width for width in widths if width not in found[name]])
+            made = found[name] | judge.judge(task, [width for width in widths if width not in found[name]])
+            found[name] = {width: made[width] for width in widths}
             bar.advance(ticket)
     shared = {"dtype": "float32", "prompts": any(spec.prompts.values())}
     rows = [row for name, task in tasks.items() for row in _rows(task, found[name])]
@@ -143,30 +145,39 @@ class _Suite:
 
 
 def _suite(name: Any, languages: list[str] | None) -> _Suite:
-    """A benchmark, a task by its name, or a task object.
+    """A benchmark or a task, by its name or itself.
 
     Raises:
         ValueError: mteb has no such name, or nothing of it is in one of the languages.
     """
     mteb = require_mteb()
-    if not isinstance(name, str):
+    if isinstance(name, mteb.Benchmark):
+        called, tasks = name.name, list(name.tasks)
+    elif not isinstance(name, str):
         called, tasks = None, [name]
     elif name in {known for benchmark in mteb.get_benchmarks() for known in (benchmark.name, *(benchmark.aliases or ()))}:
         benchmark = mteb.get_benchmark(name)
         called, tasks = benchmark.name, list(benchmark.tasks)
     else:
-        try:
-            called, tasks = None, [mteb.get_task(name)]
-        except KeyError:
-            known = [benchmark.name for benchmark in mteb.get_benchmarks()] + [t.metadata.name for t in mteb.get_tasks()]
-            near = ", ".join(repr(other) for other in difflib.get_close_matches(name, known, cutoff=0.0))
-            raise ValueError(f"mteb has no benchmark and no task called {name!r}; near it: {near}") from None
+        task = _task_of(name)
+        if task is None:
+            near = difflib.get_close_matches(name, [benchmark.name for benchmark in mteb.get_benchmarks()], cutoff=0.0)
+            raise ValueError(f"mteb has no benchmark and no task called {name!r}; benchmarks near it: {'; '.join(near)}")
+        called, tasks = None, [task]
     if languages is not None:
         tasks = [_limited(task, languages) for task in tasks if set(languages) & set(task.languages)]
         called = None if called is None else "_".join((called, *languages))
         if not tasks:
             raise ValueError(f"nothing of {name} is in {', '.join(languages)}; suites.languages takes codes like deu")
     return _Suite(called, tasks)
+
+
+def _task_of(name: str) -> Any:
+    """mteb's task of that name, or None."""
+    try:
+        return require_mteb().get_task(name)
+    except KeyError:
+        return None
 
 
 def _limited(task: Any, languages: list[str]) -> Any:
@@ -181,11 +192,9 @@ def _check_prompts(prompts: dict[str, str | None], tasks: list[Any]) -> None:
 
     from mteb.abstasks.task_metadata import TaskType
 
-    mteb = require_mteb()
-    known = {*get_args(TaskType), *(task.metadata.name for task in tasks)}
-    unknown = {re.sub(rf"-({'|'.join(PROMPT_SIDES)})$", "", name) for name in prompts} - known - set(PROMPT_SIDES)
-    if unknown:  # building all of mteb's tasks takes seconds
-        unknown -= {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
+    known = {*get_args(TaskType), *PROMPT_SIDES, *(task.metadata.name for task in tasks)}
+    unknown = {re.sub(rf"-({'|'.join(PROMPT_SIDES)})$", "", name) for name in prompts} - known
+    unknown = {name for name in unknown if _task_of(name) is None}
     if unknown:
         raise ValueError(
             f"suites.prompts has {', '.join(sorted(unknown))}, no task and no type of task; types: "
@@ -261,6 +270,9 @@ class _SuiteJudge:
         task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)  # as in a new task
         try:
             task.load_data()
+            task.dataset = undecoded(task.dataset)
+        except ImportError as error:
+            return dict.fromkeys(widths, f"error: {_cause(error)}")
         except Exception as error:  # whatever the hub, its client and a task's own code raise
             source = task.metadata.dataset
             place = f"{source.get('path')} (revision {source.get('revision')})"
@@ -298,15 +310,17 @@ class _SuiteJudge:
         """Have mteb write a task's result; it is what the file says, six digits, so that it is the same in a further run."""
         written = self._file(task, width)
         stale = written is not None and written.dataset_revision != task.metadata.revision
-        require_mteb().evaluate(
-            self.models[width],
-            task,
-            cache=self.cache,
-            overwrite_strategy="always" if stale else "only-missing",  # mteb would take a whole result of older data
-            encode_kwargs={"batch_size": self.batch_size, "show_progress_bar": False},
-            show_progress_bar=False,
-            co2_tracker=False,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning)  # mteb's own, of bitext mining
+            require_mteb().evaluate(
+                self.models[width],
+                task,
+                cache=self.cache,
+                overwrite_strategy="always" if stale else "only-missing",  # mteb would take a whole result of older data
+                encode_kwargs={"batch_size": self.batch_size, "show_progress_bar": False},
+                show_progress_bar=False,
+                co2_tracker=False,
+            )
         result = self._written(task, width)
         if result is None:
             raise ValueError(f"mteb wrote no whole result of {task.metadata.name}")

@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Audio, Dataset, DatasetDict, Image, Video
 from mteb.abstasks import (
     AbsTaskBitextMining,
     AbsTaskClassification,
     AbsTaskClustering,
-    AbsTaskPairClassification,
     AbsTaskRetrieval,
     AbsTaskSTS,
 )
@@ -66,33 +65,32 @@ def retrieval(name: str, corpus: Records, queries: Records, qrels: Mapping[str, 
 
 
 def as_dataset(records: Records) -> Dataset:
-    """Pictures of Pillow become a column of theirs; the rest is what it is."""
-    return Dataset.from_list([dict(record) for record in records])
+    """Media in their files, `{"bytes": .., "path": ..}`, become columns as the hub's are."""
+    dataset = Dataset.from_list([dict(record) for record in records])
+    for name, feature in {"image": Image(), "audio": Audio(), "video": Video()}.items():
+        if name in dataset.features and isinstance(records[0][name], dict) and "bytes" in records[0][name]:
+            dataset = dataset.cast_column(name, feature)
+    return dataset
 
 
 def sts(name: str, pairs: Records, **more: Any) -> Any:
-    data = DatasetDict(test=as_dataset(pairs))
+    data = DatasetDict({"test": as_dataset(pairs)})
     return made(AbsTaskSTS, name, "STS", "cosine_spearman", data, min_score=0, max_score=5, **more)
 
 
 def classification(name: str, train: Records, test: Records, **more: Any) -> Any:
-    data = DatasetDict(train=as_dataset(train), test=as_dataset(test))
+    data = DatasetDict({"train": as_dataset(train), "test": as_dataset(test)})
     more = {"type_": "Classification", "category": "t2c"} | more
     return made(AbsTaskClassification, name, more.pop("type_"), "accuracy", data, **more)
 
 
 def clustering(name: str, records: Records, **more: Any) -> Any:
-    data = DatasetDict(test=as_dataset(records))
+    data = DatasetDict({"test": as_dataset(records)})
     size = {"max_fraction_of_documents_to_embed": None, "category": "t2c"}
     return made(AbsTaskClustering, name, "Clustering", "v_measure", data, **(size | more))
 
 
 def bitext(name: str, pairs: Mapping[str, Records], **more: Any) -> Any:
     """Of several subsets, or of one called `default`."""
-    data = {subset: DatasetDict(test=as_dataset(records)) for subset, records in pairs.items()}
+    data = {subset: DatasetDict({"test": as_dataset(records)}) for subset, records in pairs.items()}
     return made(AbsTaskBitextMining, name, "BitextMining", "f1", data, **more)
-
-
-def pair_classification(name: str, pairs: Records, **more: Any) -> Any:
-    data = DatasetDict(test=as_dataset(pairs))
-    return made(AbsTaskPairClassification, name, "PairClassification", "max_ap", data, **more)
