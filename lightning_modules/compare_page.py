@@ -4,15 +4,17 @@ from collections.abc import Sequence
 from html import escape
 from statistics import fmean
 
+import numpy as np
+
 from lightning_modules.charts import Line, Place, chart_of, framed, hues_of, legend_of, linear
 from lightning_modules.comparison import CLEAR, Comparison, Row
 from lightning_modules.report_scores import MANY, folded, signed
 
 SCATTER = (360, 330)
+MIDDLE = (0.1, 0.9)  # quantiles between which many benchmarks are shown: our choice
 HUE = hues_of(["run"])["run"]
 WORDS = {"better": "better", "worse": "worse", "unclear": "unclear", "untested": "not tested", "": ""}
 CSS = """
-.missing { color: var(--soft); text-align: left; white-space: normal; min-width: 9rem } details { margin: .5rem 0 }
 .better { --own: var(--good) } .worse { --own: var(--bad) } .unclear, .untested { --own: var(--soft) }
 .changes { display: grid; grid-template-columns: fit-content(36%) minmax(0, 1fr) auto; gap: 0 1rem; margin: 1rem 0 }
 .changes > div { display: grid; grid-template-columns: subgrid; grid-column: 1 / -1; align-items: center; min-height: 1.55rem }
@@ -30,9 +32,10 @@ CSS = """
 circle.untested { stroke-dasharray: 2 2 } th small { white-space: normal; max-width: 22rem } .charts { margin-top: 1.8rem }
 td.better, td.worse { color: var(--own) }
 circle.run { fill: var(--own); stroke: var(--own); stroke-width: 1.4 } circle.unclear, circle.untested { fill: var(--paper) }
-.band { fill: oklch(var(--light) .13 var(--hue)); opacity: .17 } .faint { opacity: .25 }
+.faint { opacity: .25 }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; border: 2px solid var(--own);
   margin-right: .45em; vertical-align: -1px } .legend .better i, .legend .worse i { background: var(--own) }
+@media (max-width: 760px) { .ticks .inner { display: none } }
 """
 
 
@@ -115,7 +118,10 @@ def _changes(rows: Sequence[Row], shown: int | None = None) -> str:
             f'<i class="zero"></i>{interval}<i class="dot" style="left: {at(row.difference):.2f}%"></i></span>'
             f"<output>{signed(row.difference)}</output></div>"
         )
-    ticks = "".join(f'<span style="left: {at(tick):.2f}%">{_tick(tick)}</span>' for tick in axis.ticks)
+    kept, inner = (axis.low, 0, axis.high), ' class="inner"'
+    ticks = "".join(
+        f'<span{"" if tick in kept else inner} style="left: {at(tick):.2f}%">{_tick(tick)}</span>' for tick in axis.ticks
+    )
     feet = f'<div class="ticks"><span></span><span class="track">{ticks}</span><output></output></div>'
     return f'<div class="changes" style="--zero: {at(0):.2f}%">{drawn}{feet}</div>'
 
@@ -126,7 +132,8 @@ def _tick(value: float) -> str:
 
 def _scatter(comparison: Comparison, rows: Sequence[Row]) -> str:
     """Each benchmark at its two values; above the diagonal the run is better."""
-    pairs = [(row.baseline or 0.0, row.value or 0.0, row) for row in rows]
+    upper = sorted(rows, key=lambda row: row.verdict in ("better", "worse"))  # these lie above the others
+    pairs = [(row.baseline or 0.0, row.value or 0.0, row) for row in upper]
     ends = [end for x, y, _ in pairs for end in (x, y)]
     x_axis, y_axis = linear(comparison.baseline, ends), linear(comparison.name, ends)
 
@@ -147,18 +154,21 @@ def _scatter(comparison: Comparison, rows: Sequence[Row]) -> str:
 
 
 def _prefix_figure(comparison: Comparison) -> str:
-    """Differences by prefix: each benchmark faint, the mean over those that have every prefix."""
+    """Differences by prefix: each benchmark, or the middle of many, and the mean of those that have every prefix."""
     found = comparison.by_prefix
     if len(found) < 2:
         return ""
     whole = set.intersection(*(set(at.differences) for at in found))
     benchmarks = dict.fromkeys(name for at in found for name in at.differences)
-    lines = [
-        Line([(at.prefix, at.differences[name]) for at in found if name in at.differences], HUE, "faint") for name in benchmarks
-    ]
-    if whole:
-        mean = [(at.prefix, fmean(at.differences[name] for name in whole)) for at in found]
-        lines.append(Line(mean, HUE, "", is_labelled=True))
+    lines, looks = [], (("a benchmark", "line faint"),)
+    mean = [(at.prefix, fmean(at.differences[name] for name in whole)) for at in found] if whole else []
+    if len(benchmarks) <= MANY:
+        own = ([(at.prefix, at.differences[name]) for at in found if name in at.differences] for name in benchmarks)
+        lines = [*(Line(points, HUE, "faint") for points in own), *([Line(mean, HUE, "", is_labelled=True)] if mean else [])]
+    else:
+        ends = ((at.prefix, np.quantile(list(at.differences.values()), MIDDLE)) for at in found)
+        band = [(prefix, float(low), float(high)) for prefix, (low, high) in ends]
+        lines, looks = [Line(mean, HUE, "", is_labelled=True, band=band)], (("eight of ten benchmarks", "sample-band"),)
     prefixes = [at.prefix for at in found]
     chart = chart_of(lines, x_label="prefix (dimensions)", y_label="difference", prefixes=prefixes, level=0.0, is_score=False)
     rows = "".join(
@@ -171,7 +181,7 @@ def _prefix_figure(comparison: Comparison) -> str:
         '<div class="scroll"><table><thead><tr><th scope="col">prefix</th><th scope="col">mean difference</th>'
         f'<th scope="col">higher / equal / lower</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
-    legend = legend_of({"mean": HUE}, (("a benchmark", "line faint"),))
+    legend = legend_of({"mean": HUE}, looks)
     return f"<figure><figcaption><b>Difference by prefix</b></figcaption>{chart}{legend}</figure><figure>{table}</figure>"
 
 

@@ -38,7 +38,8 @@ th { font-weight: 400; color: var(--soft); font-size: .82rem } th[scope=row] { c
 th:first-child, .metric { text-align: left } th:first-child { padding-left: 0 } th small { display: block }
 .score { background: rgb(var(--tint) / calc(var(--share) * .4)) } .score.below { color: var(--bad) }
 .score small { display: inline-block; min-width: 3.3em; color: inherit; opacity: .7 }
-summary { cursor: pointer; color: var(--soft) }
+.missing { color: var(--soft); text-align: left; white-space: normal; min-width: 9rem }
+details { margin: .5rem 0 } summary { cursor: pointer; color: var(--soft); overflow-wrap: anywhere }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1.6rem 2rem }
 figure { margin: 0; min-width: 0 } figcaption { display: flex; flex-wrap: wrap; gap: 0 .8rem; overflow-wrap: anywhere }
 figcaption b { font-weight: 600; margin-right: auto }
@@ -46,6 +47,8 @@ svg { display: block; width: 100%; height: auto; font: 11px system-ui, sans-seri
 .value { fill: var(--ink); stroke: var(--paper); stroke-width: 4; paint-order: stroke }
 .grid { stroke: var(--rule) } .chance { stroke: var(--soft); stroke-dasharray: 2 4 }
 .line { fill: none; stroke: oklch(var(--light) .13 var(--hue)); stroke-width: 1.7; stroke-linejoin: round }
+.band { fill: oklch(var(--light) .13 var(--hue)); opacity: .17 }
+.sample-band { stroke: var(--soft); stroke-width: 8; opacity: .3 }
 .faint { stroke-width: 1; opacity: .35 } .dashed { stroke-dasharray: 5 3 }
 circle, .run { fill: oklch(var(--light) .13 var(--hue)); color: oklch(var(--light) .13 var(--hue)) }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; margin: .4rem 0 1.3rem; font-size: .85rem }
@@ -64,7 +67,8 @@ circle, .run { fill: oklch(var(--light) .13 var(--hue)); color: oklch(var(--ligh
 @media (max-width: 760px) { body { padding-top: 1.6rem } th, td { padding: .4rem .45rem; font-size: .85rem }
   .query { grid-template-columns: repeat(2, minmax(0, 1fr)) } .item.asked { grid-column: 1 / -1 }
   .metric { white-space: normal } .score small { display: block }
-  th:first-child { position: sticky; left: 0; background: var(--paper); white-space: normal; min-width: 7rem } }
+  th:first-child { position: sticky; left: 0; background: var(--paper); white-space: normal; min-width: 7rem;
+    max-width: 9rem; overflow-wrap: anywhere } }
 """
 
 PAGE = """<!doctype html>

@@ -27,23 +27,21 @@ READ_AS = {  # what is measured, how to read it
 ACROSS = "modality_gap"  # says most of benchmarks across modalities, so that the chart is of these
 RATIO = "spread"  # falls with the prefix, so that it is drawn as a multiple of its reference
 CSS = """
-.missing { color: var(--soft); text-align: left; white-space: normal; min-width: 9rem }
 .interval.interval { display: block; opacity: .6; font-size: .72rem }
 .languages table { width: auto; min-width: min(100%, 26rem) } .languages td { padding-block: .25rem }
 .languages td small { display: inline-block; min-width: 1.2em; line-height: 1 }
 .languages .interval.interval { display: inline-block; min-width: 7.4em }
-.band { fill: oklch(var(--light) .13 var(--hue)); opacity: .17 }
-.sample-band { stroke: var(--soft); stroke-width: 8; opacity: .3 }
 .front { fill: none; stroke: var(--soft); stroke-width: 7; opacity: .22; stroke-linejoin: round; stroke-linecap: round }
 .pale { opacity: .45 }
 .line.thin { stroke-width: 1.2; opacity: .6 }
-.line.reference { stroke: var(--soft); stroke-dasharray: 2 4 } details { margin: .5rem 0 } summary { overflow-wrap: anywhere }
+.line.reference { stroke: var(--soft); stroke-dasharray: 2 4 }
 .beside { display: grid; grid-template-columns: minmax(0, 1.25fr) minmax(0, 1fr); gap: 1rem 2.5rem; align-items: start;
   margin-bottom: 1.6rem } .beside .scroll { margin: 0 }
 .total > * { border-top: 2px solid var(--rule); font-weight: 600 } .mark { color: var(--soft); font-size: .75rem }
 .change { position: relative } .change i { position: absolute; bottom: 0; height: 2px; background: var(--good) }
 .change i.less { background: var(--bad) } .change.less { color: var(--bad) }
-@media (max-width: 760px) { .beside { grid-template-columns: minmax(0, 1fr) } svg.large { font-size: 17px } }
+@media (max-width: 760px) { .beside { grid-template-columns: minmax(0, 1fr) } svg.large { font-size: 17px }
+  .beside th:first-child { max-width: none; white-space: nowrap } }
 """
 
 
