@@ -161,7 +161,7 @@ def xtreme_up(root: Path) -> None:
 
 def xor_retrieve(root: Path) -> None:
     rows = [("1", "Tokyo is the capital of Japan.", "Tokyo"), ("2", 'He said "no" to it,\tso it was 1859.', "Hotel")]
-    table = [dict(zip(("id", "text", "title"), row, strict=True)) for row in rows]
+    table = [{"id": number, "text": text, "title": title} for number, text, title in rows]
     write_table(root / "psgs_w100.tsv", table, delimiter="\t")
     records = []
     for number, language in enumerate(XOR):
