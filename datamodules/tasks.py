@@ -87,7 +87,6 @@ class BenchmarkSpec:
             whether one of the strings in a query's `meta["answers"]` stands in the first 5,000 tokens of what it finds.
         group: Benchmarks that a table of languages shows together; None for none.
         language: Of the queries, as that table says it.
-        source: Where its data come from and how they become these shards, for whoever lacks them.
     """
 
     measure: Literal["retrieval", "similarity", "classification", "clustering"]
@@ -100,7 +99,6 @@ class BenchmarkSpec:
     metric: str | None = None
     group: str | None = None
     language: str | None = None
-    source: str | None = None
 
     def __post_init__(self) -> None:
         _check_template("query_prompt", self.query_prompt)

@@ -27,6 +27,7 @@ from lightning_modules import metrics
 from lightning_modules.answer_recall import answer_recall
 from lightning_modules.block_encoder import BlockEncoder
 from lightning_modules.columns import Column, Distinct, Side, embed_column
+from lightning_modules.configuration import CONF
 from lightning_modules.encoder.embedder import Embedder, cut
 from lightning_modules.neighbours import exact
 from lightning_modules.objective.gather import gathered, num_ranks, this_rank
@@ -177,8 +178,9 @@ class Judge:
                 try:
                     self._split(folder)
                 except ValueError as error:
-                    told = f"benchmark {name!r}: {error}"
-                    raise ValueError(f"{told}. It comes from {spec.source}" if spec.source else told) from error
+                    files = (file for file in (CONF / "benchmarks").glob("*.yaml") if f"\n  {name}:\n" in file.read_text())
+                    where = "".join(f"; {file} says where its data come from" for file in sorted(files)[:1])
+                    raise ValueError(f"benchmark {name!r}: {error}{where}") from error
 
     def _judge(self, findings: Findings, name: str, spec: BenchmarkSpec, settings: Settings) -> None:
         judged = Judged(findings, name, spec, settings)

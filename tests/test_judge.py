@@ -13,6 +13,7 @@ from datamodules.sample import Example, text_item
 from datamodules.shards import write_split
 from datamodules.tasks import BenchmarkSpec
 from lightning_modules.block_encoder import BlockEncoder
+from lightning_modules.configuration import CONF, compose
 from lightning_modules.encoder.checkpoint import save_encoder
 from lightning_modules.encoder.embedder import Embedder
 from lightning_modules.evaluate import evaluate
@@ -150,13 +151,19 @@ def test_a_benchmarks_answers_are_looked_for_in_what_is_found(tiny_encoder, proc
     ("spec", "message"),
     [
         (BenchmarkSpec("retrieval", "world/text-text/test", metric="map"), "asks for 'map'; retrieval has recall@1, "),
-        (BenchmarkSpec("retrieval", "absent", source="nowhere.org"), "benchmark 'w/text-text': .*It comes from nowhere.org"),
+        (BenchmarkSpec("retrieval", "absent"), "benchmark 'w/text-text': "),
         (BenchmarkSpec("clustering", "world/text-text/test"), "24 of 24 examples have no label"),
     ],
 )
 def test_what_does_not_fit_is_said_in_a_sentence(tiny_encoder, processor, world, spec, message):
     with pytest.raises(ValueError, match=message):
         judge_of(tiny_encoder, processor, world).results({"w/text-text": spec})
+
+
+def test_whoever_lacks_the_data_is_told_where_they_come_from(tiny_encoder, processor, world):
+    specs = {name: BenchmarkSpec(**spec) for name, spec in compose(CONF / "benchmarks/mscoco.yaml", [])["benchmarks"].items()}
+    with pytest.raises(ValueError, match=r"benchmark 'mscoco/text-image': .*; .*mscoco.yaml says where its data come from"):
+        judge_of(tiny_encoder, processor, world).results(specs)
 
 
 def test_a_vector_that_is_not_finite_is_refused_with_its_examples(tiny_encoder, processor, world, monkeypatch):

@@ -15,7 +15,7 @@ from datamodules.sample import Example, Item, Part, media_item, text_item
 from datamodules.shards import Split, write_split
 from datamodules.tasks import BenchmarkSpec, modalities_of
 from lightning_modules.configuration import compose
-from lightning_modules.evaluate import Judge
+from lightning_modules.judge import Judge
 from lightning_modules.transcribe import NOTHING_SAID, transcribe, transcriber
 
 T: Any = transformers  # whose constructors' types are not to the point here
@@ -243,7 +243,7 @@ def test_native_audio_and_the_cascade_are_judged_by_the_same_metric(
         f"{name}/{modality}-text": BenchmarkSpec("retrieval", split, corpus="documents", metric="mrr@10")
         for name, split, modality in [("native", "speech", "audio"), ("asr", "asr", "text"), ("given", "given", "text")]
     }
-    rows, _ = Judge(tiny_encoder, processor, tmp_path, batch_size=4, num_workers=0, device="cpu").results(benchmarks)
+    rows = Judge(tiny_encoder, processor, tmp_path, batch_size=4, num_workers=0, device="cpu").results(benchmarks).rows
     judged = {row["benchmark"]: row["num_candidates"] for row in rows if row["metric"] == "mrr@10"}
     assert judged == dict.fromkeys(benchmarks, 2)
 
@@ -266,5 +266,5 @@ def test_the_speech_benchmarks_run_on_the_data_pack(tmp_path: Path, tiny_encoder
         found = [item.modality for item in (example.query, example.target) if item is not None]
         assert list(modalities_of(name)) == (found[::-1] if spec.reverse else found)
     small = {name: spec for name, spec in benchmarks.items() if name == "flickr_given/text-image"}
-    rows, _ = Judge(tiny_encoder, processor, tmp_path, batch_size=64, num_workers=0, device="cpu").results(small, [16])
+    rows = Judge(tiny_encoder, processor, tmp_path, batch_size=64, num_workers=0, device="cpu").results(small, [16]).rows
     assert rows[0]["num_queries"] == 125
