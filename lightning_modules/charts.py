@@ -129,7 +129,7 @@ def _drawn(line: Line, x_of: Place, y_of: Place) -> str:
     around = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in edge)
     drawn = f'<polygon class="band" points="{around}"/>' if len(line.band) > 1 else ""
     drawn += f'<polyline class="line {line.look}" points="{path}"/>'
-    if len(finite) <= 12 and "faint" not in line.look:
+    if len(finite) <= 12 and not line.look.startswith(("faint", "reference")):
         drawn += "".join(f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.4"/>' for x, y in finite)
     if line.is_labelled:
         labels = apart([x for x, _ in finite], x_of)

@@ -26,10 +26,10 @@ def scores_section(scores: list[Score]) -> str:
         tables += "".join(folded(f"{name} ({len(group)})", table_of(group, prefixes)) for name, group in larger.items())
     else:
         tables = table_of(headlines, prefixes)
+    interval = ", below it the 95 % interval over queries" if any(map(_band, plain)) else ""
     return (
         '<section id="scores"><h2>Scores</h2><p class="note">One column per prefix of the embedding. The stronger the colour, '
-        "the further the value lies from chance towards 1; beside it the value divided by chance, below it the 95 % interval "
-        f"over queries.</p>{tables}{folded(f'Other metrics ({len(others)})', table_of(others, prefixes)) if others else ''}"
+        f"the further the value lies from chance towards 1; beside it the value divided by chance{interval}.</p>{tables}{folded(f'Other metrics ({len(others)})', table_of(others, prefixes)) if others else ''}"
         "</section>"
     )
 
