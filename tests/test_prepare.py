@@ -1,6 +1,7 @@
 """The data pack becomes shards: whole, once, with clear errors; and what conf/ names is what the pack gives."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -396,7 +397,27 @@ def test_every_split_that_conf_names_is_one_that_prepare_writes() -> None:
     own = [file for file in configs("benchmarks") if file.stem not in DATASETS]  # tests/test_published.py has the others
     specs += [spec for file in own for spec in benchmarks_in(file).values()]
     named = {spec[field] for spec in specs for field in ("shards", "corpus", "train") if spec.get(field)}
+    named = {re.sub("_(given|asr)$", "", name) for name in named}  # as conf=transcribe writes them again
     assert {name for name in named if not name.startswith("world/")} <= written
+
+
+@needs_pack
+def test_every_set_of_the_pack_is_judged() -> None:
+    specs = benchmarks_in(ROOT / "conf/benchmarks/pack.yaml").values()
+    named = {spec[field] for spec in specs for field in ("shards", "corpus", "train") if spec.get(field)}
+    tests = {f"{split.set}/{split.split}" for split in splits_of(PACK) if split.split.split("_")[0].endswith("test")}
+    assert tests - named == set()
+
+
+def test_every_benchmark_of_several_languages_has_its_group_and_language() -> None:
+    benchmarks = benchmarks_in(ROOT / "conf/benchmarks/pack.yaml")
+    groups = {name: (spec["group"], spec["language"]) for name, spec in benchmarks.items() if "group" in spec}
+    assert groups["xquad_de/text-text"] == ("xquad", "de")
+    assert groups["xquad_de_en/text-text"] == ("xquad_en", "de")
+    assert groups["tatoeba_jpn/text-text"] == ("tatoeba", "jpn")
+    assert len(set(groups.values())) == len(groups)
+    sets = ("text/xquad", "text/multi30k", "text/tatoeba", "text/stsb")
+    assert {name for name, spec in benchmarks.items() if spec["shards"].startswith(sets)} <= groups.keys()
 
 
 @pytest.mark.parametrize("file", configs("tasks"), ids=lambda file: file.stem)
