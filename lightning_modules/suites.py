@@ -303,7 +303,10 @@ class _SuiteJudge:
             if lost:
                 found[width] = f"error: no number for {len(lost)} of its {len(parts)} tasks, the first is {lost[0]}"
             else:
-                found[width] = self._run(task, width)  # all of its tasks are in the cache
+                try:
+                    found[width] = self._run(task, width)  # all of its tasks are in the cache
+                except Exception as error:
+                    found[width] = f"error: {_cause(error)}"
         return found
 
     def _run(self, task: Any, width: int) -> Any:

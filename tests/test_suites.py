@@ -552,6 +552,8 @@ def test_every_benchmark_and_prompt_of_the_configuration_is_known_to_mteb(local)
     assert len(named) == 10
     for name, number in named:
         assert len(suites._suite(name, None).tasks) == int(number)
+    documents = suites._suite("ViDoRe(v2)", None).tasks
+    assert {(suites._sides(task), *suites._kinds_of(task)) for task in documents} == {("text-page", "page")}
     spec = SuiteSpec(**yaml.safe_load(text)["suites"])
     suites._check_prompts(spec.prompts, [])
     every = {suites._name_of(task) for name, _ in named for task in suites._suite(name, None).tasks}
