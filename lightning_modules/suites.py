@@ -8,11 +8,9 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import random
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,11 +25,10 @@ from datamodules.processors.processor import Processor
 from kernels.contrastive import check_prefixes
 from lightning_modules.encoder.embedder import Embedder
 from lightning_modules.suite_encoder import SuiteEncoder, Vectors, media_of, picture_kind, undecoded
+from lightning_modules.suite_rows import mean_rows, name_of, task_rows, word
 
-MAX_SUBSET_ROWS = 100  # our choice: a task of more subsets (FLORES has 41,412 pairs of languages) has rows by language
 HUB_SECONDS = 10.0  # our choice: how long the hub may take to answer at all
 PROMPT_SIDES = ("query", "document")
-MODALITY_WORDS = {"t": "text", "a": "audio", "v": "video", "c": "text"}  # of a category's letters; c is a label
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def judge_suites(
     suites = [_suite(name, spec.languages) for name in spec.tasks]
     tasks: dict[str, Any] = {}
     for task in (task for suite in suites for task in suite.tasks):
-        if type(tasks.setdefault(_name_of(task), task)) is not type(task):
+        if type(tasks.setdefault(name_of(task), task)) is not type(task):
             raise ValueError(f"two of the tasks are called {task.metadata.name}; give each its own name")
     _check_prompts(spec.prompts, list(tasks.values()))
     judge = _SuiteJudge(spec.prompts, encoder.to(device).eval(), processor, out, model_name, revision, list(widths), batch_size)
@@ -111,10 +108,10 @@ def judge_suites(
             found[name] = {width: made[width] for width in widths}
             bar.advance(ticket)
     shared = {"dtype": "float32", "prompts": any(spec.prompts.values())}
-    rows = [row for name, task in tasks.items() for row in _rows(task, found[name])]
+    rows = [row for name, task in tasks.items() for row in task_rows(task, found[name])]
     for suite in suites:
         if suite.name is not None:
-            rows += _mean_rows(suite, found, list(widths))
+            rows += mean_rows(suite.name, suite.tasks, found, list(widths))
     return [_ORDER | shared | row | {"bytes": 4 * row["prefix"]} for row in rows]
 
 
@@ -235,7 +232,7 @@ class _SuiteJudge:
                 self.vectors,
                 width,
                 mteb.models.ModelMeta.create_empty(
-                    facts | {"name": f"polyphony/{_word(model_name)}-{width}d", "embed_dim": width}
+                    facts | {"name": f"polyphony/{word(model_name)}-{width}d", "embed_dim": width}
                 ),
                 prompts,
             )
@@ -303,7 +300,10 @@ class _SuiteJudge:
             if lost:
                 found[width] = f"error: no number for {len(lost)} of its {len(parts)} tasks, the first is {lost[0]}"
             else:
-                found[width] = self._run(task, width)  # all of its tasks are in the cache
+                try:
+                    found[width] = self._run(task, width)  # all of its tasks are in the cache
+                except Exception as error:
+                    found[width] = f"error: {_cause(error)}"
         return found
 
     def _run(self, task: Any, width: int) -> Any:
@@ -372,92 +372,3 @@ def _answers(endpoint: str) -> bool:
     except Exception:  # whatever the HTTP client of the day raises for a host that cannot be reached
         return False
     return True
-
-
-def _word(name: str) -> str:
-    """A name of word characters and dots."""
-    return re.sub(r"[^\w.]+", "_", name).strip("_")
-
-
-def _name_of(task: Any) -> str:
-    """The set's part of a benchmark's name; a task that is limited to some subsets or splits is another than the whole."""
-    name = task.metadata.name
-    every = (task.metadata.hf_subsets, task.metadata.eval_splits)
-    for chosen, whole in zip((task.hf_subsets, task.eval_splits), every, strict=True):
-        if not task.is_aggregate and set(chosen) != set(whole):
-            digest = hashlib.blake2b(json.dumps(sorted(chosen)).encode(), digest_size=3).hexdigest()
-            name += "_" + ("_".join(sorted(chosen)) if len(chosen) <= 3 else f"{len(chosen)}_of_{len(whole)}_{digest}")
-    return f"mteb.{_word(name)}"
-
-
-def _sides(task: Any) -> str:
-    """`<query modality>-<target modality>`."""
-    if task.is_aggregate:
-        sides = {_sides(part) for part in task.metadata.tasks}
-        return sides.pop() if len(sides) == 1 else "mixed-mixed"
-    words = MODALITY_WORDS | {"i": picture_kind(task.metadata)}
-    if task.metadata.category is None:
-        kinds = {words[kind[0]] for kind in task.metadata.modalities}
-        word = kinds.pop() if len(kinds) == 1 else "mixed"
-        return f"{word}-{word}"
-    sides = task.metadata.category.split("2")
-    return "-".join(words[side] if len(side) == 1 else "mixed" for side in sides)
-
-
-def _rows(task: Any, found: dict[int, Any]) -> Iterator[dict[str, Any]]:
-    """A task's rows at each prefix, and after them those of its subsets or languages."""
-    name, sides, metric = _name_of(task), _sides(task), task.metadata.main_score
-    for width in found:
-        result = found[width]
-        value = {"note": result} if isinstance(result, str) else _number(result.get_score())
-        yield {"benchmark": f"{name}/{sides}", "metric": metric, "prefix": width, "value": None} | value
-    if task.is_aggregate or not task.metadata.is_multilingual or len(task.hf_subsets) == 1:
-        return
-    by_subset = len(task.hf_subsets) <= MAX_SUBSET_ROWS
-    label = _subset_labels(task)
-    for width, result in found.items():
-        scores: dict[tuple[str, str], list[float]] = {}
-        for entry in () if isinstance(result, str) else (entry for split in result.scores.values() for entry in split):
-            subset, codes = entry["hf_subset"], dict.fromkeys(code.split("-")[0] for code in entry["languages"])
-            for group in [(subset, label[subset])] if by_subset else [(code, code) for code in codes]:
-                scores.setdefault(group, []).append(entry["main_score"])
-        for (part, language), values in scores.items():
-            row = {"benchmark": f"{name}_{_word(part)}/{sides}", "metric": metric, "prefix": width, "value": None}
-            yield row | {"group": name, "language": language} | _number(float(np.mean(values)))
-
-
-def _subset_labels(task: Any) -> dict[str, str]:
-    """Subset to its languages (`deu`, `deu-eng`), or to its own name where these do not tell it from others."""
-    codes = task.metadata.hf_subsets_to_langscripts
-    labels = {subset: "-".join(dict.fromkeys(code.split("-")[0] for code in codes[subset])) for subset in task.hf_subsets}
-    times = Counter(labels.values())
-    return {subset: label if times[label] == 1 else subset for subset, label in labels.items()}
-
-
-def _number(value: float) -> dict[str, Any]:
-    if not math.isfinite(value):
-        return {"value": None, "note": f"mteb's score is {value}"}
-    return {"value": float(value)}
-
-
-def _mean_rows(suite: _Suite, found: dict[str, dict[int, Any]], widths: list[int]) -> Iterator[dict[str, Any]]:
-    """Mean by task, and by type of task the mean of the types' means, as mteb's leaderboard has them."""
-    sides = {_sides(task) for task in suite.tasks}
-    name = f"mteb.{_word(str(suite.name))}/{sides.pop() if len(sides) == 1 else 'mixed-mixed'}"
-    for width in widths:
-        scores: dict[str, list[float]] = {}  # by type of task
-        lost = []
-        for task in suite.tasks:
-            result = found[_name_of(task)][width]
-            score = math.nan if isinstance(result, str) else result.get_score()
-            scores.setdefault(task.metadata.type, []).append(score)
-            lost += [] if math.isfinite(score) else [task.metadata.name]
-        means = {
-            "mean_task": np.mean([score for of_type in scores.values() for score in of_type]),
-            "mean_task_type": np.mean([np.mean(of_type) for of_type in scores.values()]),
-        }
-        for metric, mean in means.items():
-            some = ", ".join(lost[:3]) + (", .." if len(lost) > 3 else "")
-            note = {"note": f"no number for {len(lost)} of {len(suite.tasks)} tasks: {some}"}
-            value = {"value": None} | note if lost else {"value": float(mean)}
-            yield {"benchmark": name, "metric": metric, "prefix": width} | value

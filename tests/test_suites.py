@@ -27,7 +27,7 @@ from datamodules.collate import with_prompt
 from datamodules.decode import decode_item
 from datamodules.media.limits import DecodeLimits
 from datamodules.sample import Item, Part, media_item, text_item
-from lightning_modules import metrics, suites
+from lightning_modules import metrics, suite_rows, suites
 from lightning_modules.encoder.embedder import Embedder, cut
 from lightning_modules.suite_encoder import items_of
 from lightning_modules.suites import SuiteSpec, judge_suites
@@ -532,7 +532,7 @@ def test_what_is_limited_to_some_languages_is_another_benchmark(local, judged):
 
 
 def test_many_subsets_have_rows_by_language(local, judged, monkeypatch):
-    monkeypatch.setattr(suites, "MAX_SUBSET_ROWS", 2)
+    monkeypatch.setattr(suite_rows, "MAX_SUBSET_ROWS", 2)
     languages = {f"{a[:2]}-{b[:2]}": [f"{a}-Latn", f"{b}-Latn"] for a, b in (("deu", "eng"), ("fra", "eng"), ("fra", "deu"))}
     pairs = {
         subset: [{"sentence1": a, "sentence2": b} for a, b in zip(sentences(7, n), sentences(7, n + 9), strict=True)]
@@ -552,9 +552,11 @@ def test_every_benchmark_and_prompt_of_the_configuration_is_known_to_mteb(local)
     assert len(named) == 10
     for name, number in named:
         assert len(suites._suite(name, None).tasks) == int(number)
+    documents = suites._suite("ViDoRe(v2)", None).tasks
+    assert {(suite_rows.sides_of(task), *suites._kinds_of(task)) for task in documents} == {("text-page", "page")}
     spec = SuiteSpec(**yaml.safe_load(text)["suites"])
     suites._check_prompts(spec.prompts, [])
-    every = {suites._name_of(task) for name, _ in named for task in suites._suite(name, None).tasks}
+    every = {suite_rows.name_of(task) for name, _ in named for task in suites._suite(name, None).tasks}
     assert all(re.fullmatch(r"mteb\.[\w.]+", name) for name in every)
     assert len(every) == len(
         {task.metadata.name + str(task.hf_subsets) for name, _ in named for task in suites._suite(name, None).tasks}
