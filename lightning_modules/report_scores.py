@@ -16,7 +16,7 @@ def scores_section(scores: list[Score]) -> str:
     """Every float32 score with prompts: headlines in a table, or in one for each group, other metrics folded away."""
     plain = [score for score in scores if score.is_plain]
     headlines, others = headlines_of(scores), [score for score in plain if not score.is_headline]
-    prefixes = prefixes_of(plain)
+    prefixes = prefixes_of([*plain, *headlines])
     if len(headlines) > MANY:
         groups = groups_of(headlines)
         single = [score for group in groups.values() if len(group) == 1 for score in group]
@@ -26,11 +26,12 @@ def scores_section(scores: list[Score]) -> str:
         tables += "".join(folded(f"{name} ({len(group)})", table_of(group, prefixes)) for name, group in larger.items())
     else:
         tables = table_of(headlines, prefixes)
+    tables += folded(f"Other metrics ({len(others)})", table_of(others, prefixes)) if others else ""
     interval = ", below it the 95 % interval over queries" if any(map(_band, plain)) else ""
     return (
         '<section id="scores"><h2>Scores</h2><p class="note">One column per prefix of the embedding. The stronger the colour, '
-        f"the further the value lies from chance towards 1; beside it the value divided by chance{interval}.</p>{tables}{folded(f'Other metrics ({len(others)})', table_of(others, prefixes)) if others else ''}"
-        "</section>"
+        f"the further the value lies from chance towards 1; beside it the value divided by chance{interval}.</p>"
+        f"{tables}</section>"
     )
 
 
