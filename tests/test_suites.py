@@ -29,8 +29,10 @@ from datamodules.media.limits import DecodeLimits
 from datamodules.sample import Item, Part, media_item, text_item
 from lightning_modules import metrics, suite_rows, suites
 from lightning_modules.encoder.embedder import Embedder, cut
+from lightning_modules.ranking import Relevance, ranks
 from lightning_modules.suite_encoder import items_of
 from lightning_modules.suites import SuiteSpec, judge_suites
+from lightning_modules.vectors import Chunk
 
 ROOT = Path(__file__).parent.parent
 PACK = ROOT.parent / "shared" / "data"
@@ -111,7 +113,17 @@ def our_accuracy(train: torch.Tensor, classes: list[int], test: torch.Tensor, la
         "train_class_N": torch.tensor(classes),
         "label_CD": torch.eye(max(classes) + 1, width),
     }
-    return metrics.classification(cut(test, width), torch.tensor(labels), **given)["accuracy_probe"]
+    return metrics.classification(cut(test, width), torch.tensor(labels), **given)["accuracy_probe"].mean()
+
+
+def our_retrieval(query_QD: torch.Tensor, document_CD: torch.Tensor, relevant_QC: Any) -> dict[str, float]:
+    """The measures of `conf=evaluate`, from its own ranks."""
+    query, candidate = np.nonzero(np.asarray(relevant_QC))
+    relevance = Relevance(query, candidate, np.ones(len(query)))
+    chunks = [Chunk(np.arange(len(document_CD)), document_CD.numpy())]
+    rank_R = ranks(query_QD, chunks, relevance, width=query_QD.shape[1], depth=metrics.DEPTH)
+    found = metrics.retrieval(rank_R, query, relevance.gain, len(query_QD))
+    return {name: values.mean() for name, values in found.items()}
 
 
 def simple_task(local: Any, name: str = "LocalSTS", **more: Any) -> Any:
@@ -150,7 +162,7 @@ def test_retrieval_is_scored_as_we_score_it(local, judged, tiny_encoder, process
     query_QD = vectors_of(tiny_encoder, processor, [text_item(text) for text in asked], QUERY)
     document_CD = vectors_of(tiny_encoder, processor, documents, DOCUMENT)
     for width in WIDTHS:
-        ours = metrics.retrieval(cut(query_QD, width) @ cut(document_CD, width).T, torch.from_numpy(relevant))
+        ours = our_retrieval(cut(query_QD, width), cut(document_CD, width), relevant)
         theirs = scores_of(judged.out, "LocalRetrieval", width)
         assert theirs["exact_ndcg_at_10"] == pytest.approx(ours["ndcg@10"], abs=1e-6)
         assert theirs["exact_hit_rate_at_5"] == pytest.approx(ours["recall@5"], abs=1e-6)
@@ -183,7 +195,7 @@ def test_similarity_is_scored_as_we_score_it(local, judged, tiny_encoder, proces
     left_D, right_D = (vectors_of(tiny_encoder, processor, [text_item(t) for t in side], SIMILAR) for side in (left, right))
     for width in WIDTHS:
         cosine = (cut(left_D, width) * cut(right_D, width)).sum(-1)
-        ours = metrics.similarity(cosine, torch.from_numpy(gold))["spearman"]
+        ours = metrics.spearman(cosine.numpy(), gold)
         assert value_of(rows, "mteb.LocalSTS/text-text", width) == pytest.approx(ours, abs=1e-6)
 
 
@@ -232,7 +244,7 @@ def test_bitext_is_scored_as_we_score_it_and_has_rows_by_language(local, judged,
             values.append(f1_score(range(12), predicted, average="weighted"))
             (file,) = judged.out.glob(f"*-{width}d/*/LocalBitext.json")
             (written,) = (s for s in json.loads(file.read_text())["scores"]["test"] if s["hf_subset"] == subset)
-            recall = metrics.retrieval(one @ other.T, torch.eye(12, dtype=torch.bool))["recall@1"]
+            recall = our_retrieval(one, other, np.eye(12))["recall@1"]
             assert written["accuracy"] == pytest.approx(recall, abs=1e-6)
             name = f"mteb.LocalBitext_{subset.replace('-', '_')}/text-text"
             assert value_of(rows, name, width) == pytest.approx(values[-1], abs=1e-6)
@@ -254,7 +266,7 @@ def test_search_between_texts_and_pictures_is_scored_as_we_score_it(local, judge
     picture = vectors_of(tiny_encoder, processor, [media_item("image", one, "png") for one in data])
     one, other = (text, picture) if category == "t2i" else (picture, text)
     for width in WIDTHS:
-        ours = metrics.retrieval(cut(one, width) @ cut(other, width).T, torch.eye(14, dtype=torch.bool))
+        ours = our_retrieval(cut(one, width), cut(other, width), np.eye(14))
         theirs = scores_of(judged.out, "Pictures", width)
         assert theirs["exact_ndcg_at_10"] == pytest.approx(ours["ndcg@10"], abs=1e-6)
         assert theirs["exact_hit_rate_at_5"] == pytest.approx(ours["recall@5"], abs=1e-6)
@@ -320,8 +332,7 @@ def test_films_and_sounds_in_their_files_are_judged(local, judged, tiny_encoder,
     assert [row["benchmark"] for row in rows] == ["mteb.Films/text-mixed"] * 3
     items = [Item((Part("video", a, "mp4"), Part("audio", b, "flac"))) for a, b in zip(*data, strict=True)]
     query_QD = vectors_of(tiny_encoder, processor, [text_item(text) for text in sentences(6)], QUERY)
-    score_QC = cut(query_QD, 8) @ cut(vectors_of(tiny_encoder, processor, items), 8).T
-    ours = metrics.retrieval(score_QC, torch.eye(6, dtype=torch.bool))
+    ours = our_retrieval(cut(query_QD, 8), cut(vectors_of(tiny_encoder, processor, items), 8), np.eye(6))
     theirs = scores_of(judged.out, "Films", 8)
     assert theirs["exact_ndcg_at_10"] == pytest.approx(ours["ndcg@10"], abs=1e-6)
 
@@ -649,7 +660,7 @@ def test_on_real_data_mtebs_scores_are_ours(local, judged, tiny_encoder, process
     tasks.append(local.sts("STSB", [{"sentence1": a, "sentence2": b, "score": score} for a, b, score in pairs]))
     left, right, gold = zip(*pairs, strict=True)
     cosine = (cut(texts(*left, SIMILAR), 16) * cut(texts(*right, SIMILAR), 16)).sum(-1)
-    expected["STSB"] = metrics.similarity(cosine, torch.tensor(gold, dtype=torch.float64))["spearman"]
+    expected["STSB"] = metrics.spearman(cosine.numpy(), np.array(gold, float))
 
     probe = {"evaluator_model": our_probe(16), "n_experiments": 1, "samples_per_label": 999}
     split = [lines(f"text/tweet_emotion/{name}.jsonl", 30) for name in ("train", "test")]
@@ -710,7 +721,7 @@ def test_on_real_data_mtebs_scores_are_ours(local, judged, tiny_encoder, process
     rows = {row["benchmark"].partition("/")[0]: row for row in judged(*tasks, widths=[16])}
     assert not [row["note"] for row in rows.values() if "note" in row]
     for name, (query_QD, document_CD, relevant) in search.items():
-        ours = metrics.retrieval(cut(query_QD, 16) @ cut(document_CD, 16).T, relevant)
+        ours = our_retrieval(cut(query_QD, 16), cut(document_CD, 16), relevant)
         theirs = scores_of(judged.out, name, 16)
         assert theirs["exact_ndcg_at_10"] == pytest.approx(ours["ndcg@10"], abs=1e-6), name
         assert theirs["exact_hit_rate_at_5"] == pytest.approx(ours["recall@5"], abs=1e-6), name
