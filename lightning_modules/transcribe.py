@@ -139,13 +139,7 @@ def transcriber(model: str, revision: str | None, language: str | None, device: 
             "folder with config.json, safetensors, preprocessor and tokenizer, or its name on the hub"
         ) from error
     options: dict[str, Any] = {} if language is None else {"generate_kwargs": {"language": language, "task": "transcribe"}}
-    span = extractor.n_samples if pipeline.type == "seq2seq_whisper" else None
-
-    def hear(sound: np.ndarray) -> str:
-        timed = {"return_timestamps": True} if span is not None and len(sound) > span else {}  # Whisper goes on by them
-        return pipeline(sound.copy(), **options, **timed)["text"].strip()
-
-    return hear
+    return lambda sound: pipeline(sound.copy(), **options)["text"].strip()
 
 
 def name_of(model: str, revision: str | None) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 from published import SAMPLES, write, write_lines
 
 from datamodules.decode import decode_example
@@ -358,5 +357,7 @@ def test_a_large_object_is_read_entry_by_entry(tmp_path: Path, monkeypatch: pyte
             list(read_entries(tmp_path / "x.json"))
 
 
-def test_the_stage_composes() -> None:
-    assert OmegaConf.load(ROOT / "conf/prepare_published.yaml").run == "datamodules.recipes.published.prepare"
+def test_one_stage_judges_all_of_them() -> None:
+    config = compose(ROOT / "conf/evaluate_papers.yaml", ["checkpoint=c", "out=o"])
+    assert config["benchmarks"].keys() == {benchmark for name in DATASETS for benchmark in benchmarks_of(name)}
+    assert config["root"] == compose(ROOT / "conf/prepare_published.yaml", ["dataset=d", "source=s"])["out"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from samples import picture_bytes, sound_bytes
 from tokenizers import pre_tokenizers
 
@@ -229,7 +230,7 @@ def test_models_that_hear_nothing_are_refused(speech: str, tmp_path: Path, whisp
     for file in Path(whisper).iterdir():
         if file.suffix != ".safetensors":
             (pickled / file.name).write_bytes(file.read_bytes())
-    (pickled / "pytorch_model.bin").write_bytes(b"never read")
+    torch.save(load_file(Path(whisper) / "model.safetensors"), pickled / "pytorch_model.bin")
     with pytest.raises(ValueError, match="no model of speech recognition can be read"):
         transcriber(str(pickled), None, None, "cpu")
 
