@@ -116,6 +116,10 @@ def write_tar(path: Path, examples: Iterable[Example], keys: set[str] | None = N
     return len(keys) - num_before
 
 
+class NoSplitError(ValueError):
+    """There is no split in a folder."""
+
+
 class Split:
     """A split, read by position: every read is checked against the index's CRC-32, which covers the example's name too.
 
@@ -288,7 +292,7 @@ def _check_tables(folder: Store, tables: Mapping[str, Any]) -> None:
 def _read_manifest(folder: Store) -> dict[str, Any]:
     """The manifest, its types checked: it may come from anywhere."""
     if not folder.exists("manifest.json"):
-        raise ValueError(_no_split(folder))
+        raise NoSplitError(_no_split(folder))
     where = f"{folder}/manifest.json"
     try:
         manifest = parse_json(folder.read_bytes("manifest.json", MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES)

@@ -31,7 +31,7 @@ class Benchmarks(Callback):
         num_workers: Processes that read and decode.
 
     Raises:
-        ValueError: A number is below 1; (when the run begins) a file is missing, or there is no benchmark of the score's name.
+        ValueError: A number is below 1; (when the run begins) a file or data are missing, or no benchmark has the score's name.
     """
 
     def __init__(
@@ -83,7 +83,8 @@ class Benchmarks(Callback):
             device=str(pl_module.device),
             show_progress=False,
         )
-        self._judge.check(self._specs)
+        if missing := self._judge.check(self._specs):
+            raise ValueError(f"benchmarks: {', '.join(missing)} have no data; {next(iter(missing.values()))}")
         pl_module.encoder.train(training)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

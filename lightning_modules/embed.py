@@ -21,6 +21,7 @@ from datamodules.shards import Split, is_written, write_split
 from datamodules.tasks import Mixture
 from lightning_modules.encoder.checkpoint import load_encoder, read_provenance
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder, cut, probe
+from lightning_modules.encoder.prepacked import prepack
 from lightning_modules.judge import device_named
 
 Templates = dict[str, str | None]  # column to the template around its text
@@ -68,6 +69,7 @@ def embed(
     probe(encoder)
     encoder = encoder.to(device_named(device)).eval()
     encoder.use(compute)
+    prepack(encoder)
     teacher = {"path": checkpoint, "sha256": read_provenance(checkpoint)["sha256"], "dtype": dtype}
     console, num_kept = Console(), 0
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())

@@ -25,6 +25,7 @@ from datamodules.job import digest_of
 from datamodules.tasks import BenchmarkSpec
 from lightning_modules.encoder.checkpoint import load_encoder, read_provenance, trainable
 from lightning_modules.encoder.embedder import ComputeConfig, probe
+from lightning_modules.encoder.prepacked import prepack
 from lightning_modules.judge import Findings, Judge, device_named
 from lightning_modules.objective.gather import this_rank
 from lightning_modules.precision import Dtype
@@ -81,6 +82,7 @@ def evaluate(
     encoder, processor = load_encoder(checkpoint)
     probe(encoder)
     encoder.use(compute)
+    prepack(encoder)
     provenance = read_provenance(checkpoint)
     sizes = [dataclasses.asdict(config) for config in (encoder.config, processor.config)]
     name = digest_of(provenance["sha256"], json.loads(json.dumps(sizes, default=str)))

@@ -19,7 +19,7 @@ from datamodules.collate import with_prompt
 from datamodules.processors.native import NativeProcessor
 from datamodules.processors.processor import Processor
 from datamodules.sample import KINDS, TEXT_KINDS, Item, text_item
-from datamodules.shards import Split
+from datamodules.shards import NoSplitError, Split
 from datamodules.store import Store
 from datamodules.tasks import BenchmarkSpec, modalities_of
 from kernels.contrastive import check_prefixes
@@ -138,12 +138,14 @@ class Judge:
             raise ValueError("there is no benchmark to evaluate; add `include: [benchmarks/world]` or give benchmarks")
         widths = list(self.encoder.config.prefixes) if prefixes is None else list(prefixes)
         check_prefixes(tuple(widths), self.encoder.config.embedding_dim)
-        self.check(benchmarks)
-        findings = Findings()
+        missing, findings = self.check(benchmarks), Findings()
         with self._bar:
             ticket = self._bar.add_task("benchmarks", total=len(benchmarks))
             for name, spec in benchmarks.items():
                 self._bar.update(ticket, description=name)
+                if name in missing:
+                    Judged(findings, name, spec, Settings(widths)).without_value(f"no data: {missing[name]}")
+                    continue
                 self._judge(findings, name, spec, Settings(widths, dtypes, deep=deep))
                 if without_prompts and (spec.query_prompt, spec.target_prompt) != (None, None):
                     bare = dataclasses.replace(spec, query_prompt=None, target_prompt=None)
@@ -170,17 +172,26 @@ class Judge:
             first.setdefault(row["benchmark"], row["value"])
         return first
 
-    def check(self, benchmarks: Mapping[str, BenchmarkSpec]) -> None:
-        """Raises ValueError where a benchmark's name is none or its splits are not there, before anything is embedded."""
+    def check(self, benchmarks: Mapping[str, BenchmarkSpec]) -> dict[str, str]:
+        """Which benchmarks have no data, and what to say of it, before anything is embedded.
+
+        Raises:
+            ValueError: A name is none, or no benchmark has data.
+        """
+        missing = {}
         for name, spec in benchmarks.items():
             modalities_of(name)
-            for folder in filter(None, (spec.shards, spec.corpus, spec.train)):
-                try:
+            try:
+                for folder in filter(None, (spec.shards, spec.corpus, spec.train)):
                     self._split(folder)
-                except ValueError as error:
-                    files = (file for file in (CONF / "benchmarks").glob("*.yaml") if f"\n  {name}:\n" in file.read_text())
-                    where = "".join(f"; {file} says where its data come from" for file in sorted(files)[:1])
-                    raise ValueError(f"benchmark {name!r}: {error}{where}") from error
+            except NoSplitError as error:
+                files = (file for file in (CONF / "benchmarks").glob("*.yaml") if f"\n  {name}:\n" in file.read_text())
+                where = "".join(f"; conf/benchmarks/{file.name} says where its data come from" for file in sorted(files)[:1])
+                missing[name] = f"{error}{where}"
+        if len(missing) == len(benchmarks):
+            name = next(iter(missing))
+            raise ValueError(f"benchmark {name!r}: {missing[name]}")
+        return missing
 
     def _judge(self, findings: Findings, name: str, spec: BenchmarkSpec, settings: Settings) -> None:
         judged = Judged(findings, name, spec, settings)
@@ -198,7 +209,7 @@ class Judge:
         taken = kinds_of(self.encoder, self.processor)
         lacking = [kind for kind in KINDS if kind not in taken and any(p.kind == kind for item in firsts for p in item.parts)]
         if lacking:
-            judged.unsupported(lacking)
+            judged.without_value(f"not supported: the encoder takes no {' and no '.join(lacking)}")
         elif spec.measure == "retrieval":
             self._retrieval(judged, spec, *sides)
         elif spec.measure == "similarity":
@@ -448,9 +459,8 @@ class Judged:
         row |= {"group": self.spec.group, "language": self.spec.language}
         self.findings.rows.append(row if note is None else row | {"note": note})
 
-    def unsupported(self, kinds: list[str]) -> None:
-        """Rows that say so, and no number."""
-        note = f"not supported: the encoder takes no {' and no '.join(kinds)}"
+    def without_value(self, note: str) -> None:
+        """Rows that say why there is no number."""
         metric = self.spec.metric or FIRST[self.spec.measure]
         for width in self.settings.widths:
             self.row(metric, width, "float32", None, chance=None, note=note)

@@ -21,6 +21,7 @@ from kernels.contrastive import check_prefixes
 from lightning_modules.block_encoder import BlockEncoder
 from lightning_modules.encoder.checkpoint import load_encoder, read_provenance
 from lightning_modules.encoder.embedder import ComputeConfig, probe
+from lightning_modules.encoder.prepacked import prepack
 from lightning_modules.judge import device_named
 from lightning_modules.neighbours import Index, IndexSettings, Kind, Neighbours, built_once, exact, require_faiss
 from lightning_modules.vectors import Chunk, Dtype, Vectors
@@ -115,6 +116,7 @@ def mine(
     probe(encoder)
     encoder = encoder.to(device_named(device)).eval()
     encoder.use(compute)
+    prepack(encoder)
     blocks = BlockEncoder(encoder, processor, width, batch_size, num_workers)
     for block, ids, made in _embedded(vectors, corpus_split, {"target": target_prompt}, blocks, console):
         vectors.store(block, ids, made)

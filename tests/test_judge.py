@@ -162,8 +162,13 @@ def test_what_does_not_fit_is_said_in_a_sentence(tiny_encoder, processor, world,
 
 def test_whoever_lacks_the_data_is_told_where_they_come_from(tiny_encoder, processor, world):
     specs = {name: BenchmarkSpec(**spec) for name, spec in compose(CONF / "benchmarks/mscoco.yaml", [])["benchmarks"].items()}
-    with pytest.raises(ValueError, match=r"benchmark 'mscoco/text-image': .*; .*mscoco.yaml says where its data come from"):
+    told = "conf/benchmarks/mscoco.yaml says where its data come from"
+    with pytest.raises(ValueError, match=rf"benchmark 'mscoco/text-image': no shards in .*; {told}"):
         judge_of(tiny_encoder, processor, world).results(specs)
+    rows = judge_of(tiny_encoder, processor, world).results({**specs, **IMAGES}, [16]).rows
+    notes = {row["benchmark"]: row["note"] for row in rows if row["value"] is None}
+    assert notes.keys() == specs.keys()
+    assert all(note.startswith("no data: ") and note.endswith(told) for note in notes.values())
 
 
 def test_a_vector_that_is_not_finite_is_refused_with_its_examples(tiny_encoder, processor, world, monkeypatch):

@@ -42,6 +42,7 @@ from datamodules.recipes.pack import prepare
 from datamodules.shards import Split, write_split
 from lightning_modules.encoder.checkpoint import load_encoder
 from lightning_modules.encoder.embedder import Embedder, cut
+from lightning_modules.encoder.prepacked import prepack
 
 SETS = {  # a split below the data pack, and the column that is embedded
     "banking77": ("text/banking77/test", "query"),
@@ -78,6 +79,7 @@ class Ours:
 
     def __init__(self, encoder: Embedder, processor: Processor, batch_size: int) -> None:
         self.encoder, self.processor, self.batch_size = encoder.eval(), processor, batch_size
+        prepack(self.encoder)
 
     def corpus(self, split: Split, column: str) -> Corpus:
         return Corpus(split, {column: None}, self.processor, self.batch_size)
