@@ -435,7 +435,7 @@ class Judged:
         for metric in sorted(values, key=lambda metric: metric != headline):
             interval = None
             if metric == headline:
-                interval = bootstrap_interval(values[metric]) if self.settings.deep else None
+                interval = bootstrap_interval(values[metric]) if self.settings.deep and len(values[metric]) > 1 else None
                 key = f"{self.name}|{metric}|{width}|{dtype}|{str(self.settings.prompts).lower()}"
                 self.findings.values[key] = values[metric]
             elif dtype != "float32" or not self.settings.prompts:
@@ -488,5 +488,5 @@ def _cut(chunks: Iterable[Chunk], width: int) -> Iterator[Chunk]:
 
 
 def _text(item: Item) -> str:
-    """What a person reads of an item: its title and its texts."""
-    return " ".join([*filter(None, [item.title]), *(str(part.data) for part in item.parts if part.kind in TEXT_KINDS)])
+    """An item's texts, without its title: what XOR-Retrieve's evaluation looks into."""
+    return " ".join(str(part.data) for part in item.parts if part.kind in TEXT_KINDS)

@@ -96,7 +96,7 @@ def mean_rows(name: str, tasks: list[Any], found: dict[str, dict[int, Any]], wid
             lost += [] if math.isfinite(score) else [task.metadata.name]
         means = {
             "mean_task": np.mean([score for of_type in scores.values() for score in of_type]),
-            "mean_task_type": np.mean([np.mean(of_type) for of_type in scores.values()]),
+            "mean_task_type": np.mean([float(np.mean(of_type)) for of_type in scores.values()]),
         }
         for metric, mean in means.items():
             some = ", ".join(lost[:3]) + (", .." if len(lost) > 3 else "")

@@ -133,7 +133,7 @@ def test_what_an_encoder_does_not_take_is_said_and_never_a_number(tiny_config, p
 
 def test_a_benchmarks_answers_are_looked_for_in_what_is_found(tiny_encoder, processor, tmp_path):
     documents = ["the oak grows", "an ash burns", "the elm bends"]
-    write_split(tmp_path / "corpus", [Example(f"d{n}", target=text_item(text)) for n, text in enumerate(documents)])
+    write_split(tmp_path / "corpus", [Example(f"d{n}", target=text_item(t, title="drowns")) for n, t in enumerate(documents)])
     asked = [("oak?", ["grows"]), ("ash?", ["drowns"])]
     queries = (Example(f"q{n}", text_item(text), meta={"answers": answers}) for n, (text, answers) in enumerate(asked))
     write_split(tmp_path / "queries", queries)

@@ -139,20 +139,23 @@ def scale(sizes: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def mining(num_records: int) -> dict[str, Any]:
-    """A row for the neighbours of as many queries in as many targets."""
+def mining(num_records: int, most_queries: int | None) -> dict[str, Any]:
+    """A row for the neighbours of as many queries, or fewer, in so many targets."""
     root = Path(tempfile.mkdtemp(prefix="factory-"))
     write_split(root / "pairs", (Example(e.key, text_item(f"q {e.key}"), e.target) for e in sentences(num_records)))
     tokenizer = train_tokenizer([str(e.target and e.target.parts[0].data) for e in sentences(1000)], 400)
     encoder = Embedder(EncoderConfig(BackboneConfig(text=dict(NARROW)), embedding_dim=32, prefixes=(32,)))
     save_encoder(root / "encoder", encoder, ComposedProcessor(ProcessorConfig(vocab_size=400), tokenizer), provenance={})
+    num_queries = num_records if most_queries is None else min(num_records, most_queries)
+    asking = str(root / "asking")
+    write_split(asking, (Example(e.key, text_item(f"q {e.key}"), e.target) for e in sentences(num_queries)))
     where, out = str(root / "pairs"), str(root / "mined")
     compute = ComputeConfig(max_tokens=16384)
     seconds, peak = measured(
-        lambda: mine(str(root / "encoder"), where, where, out, compute=compute, num_workers=0, device="cpu")
+        lambda: mine(str(root / "encoder"), asking, where, out, compute=compute, num_workers=0, device="cpu")
     )
     shutil.rmtree(root)
-    return {"stage": "mine", "records": num_records, "records/s": num_records / seconds, "peak MiB": peak}
+    return {"stage": "mine", "records": num_records, "queries": num_queries, "seconds": seconds, "peak MiB": peak}
 
 
 def backends(num_answers: int) -> list[dict[str, Any]]:
@@ -193,12 +196,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", default="1000,10000,100000,1000000", help="how many; none leaves this out")
     parser.add_argument("--mined", default="1000,10000", help="how many for mine; none leaves this out")
+    parser.add_argument("--queries", type=int, help="most that mine asks; as many as records where it is not given")
     parser.add_argument("--backends", type=int, default=256, help="answers of each backend; 0 leaves this out")
     parser.add_argument("--out", help="write the figures here as well")
     wanted = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {}
     if wanted.records or wanted.mined:
-        found["stages"] = scale(numbers(wanted.records)) + [mining(n) for n in numbers(wanted.mined)]
+        found["stages"] = scale(numbers(wanted.records)) + [mining(n, wanted.queries) for n in numbers(wanted.mined)]
         show("stages, with an LLM that answers at once", found["stages"])
     if wanted.backends:
         found["backends"] = backends(wanted.backends)

@@ -102,7 +102,8 @@ def rival(job: Job) -> None:
             turns.step_done()
 
     def in_order(dataset: Any, batch_size: int, drop_last: bool, **others: Any) -> Any:
-        return DefaultBatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last, **others)
+        in_turn: Any = SequentialSampler(dataset)
+        return DefaultBatchSampler(in_turn, batch_size=batch_size, drop_last=drop_last, **others)
 
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(Path(job.config).parent / "rival"),

@@ -21,7 +21,7 @@ def prepack(module: nn.Module) -> None:
         return
     for layer in module.modules():
         if type(layer) is nn.Linear:
-            layer.forward = partial(_forward, layer, LaidOut())
+            layer.__dict__["forward"] = partial(_forward, layer, LaidOut())
 
 
 class LaidOut:
