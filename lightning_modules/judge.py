@@ -16,7 +16,6 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 
 from datamodules.collate import with_prompt
-from datamodules.processors.native import NativeProcessor
 from datamodules.processors.processor import Processor
 from datamodules.sample import KINDS, TEXT_KINDS, Item, text_item
 from datamodules.shards import NoSplitError, Split
@@ -29,6 +28,7 @@ from lightning_modules.block_encoder import BlockEncoder
 from lightning_modules.columns import Column, Distinct, Side, embed_column
 from lightning_modules.configuration import CONF
 from lightning_modules.encoder.embedder import Embedder, cut
+from lightning_modules.encoder.native import media_of
 from lightning_modules.neighbours import exact
 from lightning_modules.objective.gather import gathered, num_ranks, this_rank
 from lightning_modules.precision import Dtype, asked, bytes_of, stored
@@ -206,7 +206,7 @@ class Judge:
             if item.modality != stated:
                 which = ("queries", "targets")[number]
                 raise ValueError(f"benchmark {name!r} says {stated} for its {which}, but its shards hold {item.modality}")
-        taken = kinds_of(self.encoder, self.processor)
+        taken = {*TEXT_KINDS, *media_of(self.encoder.backbone, self.processor)}
         lacking = [kind for kind in KINDS if kind not in taken and any(p.kind == kind for item in firsts for p in item.parts)]
         if lacking:
             judged.without_value(f"not supported: the encoder takes no {' and no '.join(lacking)}")
@@ -467,13 +467,6 @@ class Judged:
 
 
 FIRST = {"retrieval": "recall@1", "similarity": "spearman", "classification": "accuracy_probe", "clustering": "v_measure"}
-
-
-def kinds_of(encoder: Embedder, processor: Processor) -> set[str]:
-    """The kinds of content that an encoder takes."""
-    if isinstance(processor, NativeProcessor):
-        return {*TEXT_KINDS, *processor.kinds}
-    return {*TEXT_KINDS, *getattr(encoder.backbone, "routes", set(KINDS) - {"audio"})}
 
 
 def device_named(name: str) -> str:

@@ -18,10 +18,8 @@ from PIL import Image
 
 from datamodules.collate import with_prompt
 from datamodules.decode import decode_item
-from datamodules.processors.native import DualProcessor, NativeProcessor
 from datamodules.processors.processor import Processor
-from datamodules.sample import MEDIA_KINDS, Item, Part
-from lightning_modules.encoder.composed import ComposedBackbone
+from datamodules.sample import Item, Part
 from lightning_modules.encoder.embedder import Embedder, cut
 
 MODALITIES = ("text", "image", "video", "audio")  # columns of mteb's batches, in mteb's order within an interleaved item
@@ -233,16 +231,6 @@ def _mp4(frames: np.ndarray) -> bytes:
 def picture_kind(task_metadata: Any) -> str:
     """What a task's images are to us: pages of documents are pages."""
     return "page" if task_metadata.type == "DocumentUnderstanding" else "image"
-
-
-def media_of(encoder: Embedder, processor: Processor) -> tuple[str, ...]:
-    """The kinds of media that an encoder takes."""
-    if isinstance(encoder.backbone, ComposedBackbone):
-        return tuple(encoder.backbone.routes)
-    if isinstance(processor, NativeProcessor):
-        return tuple(processor.kinds)
-    assert isinstance(processor, DualProcessor)
-    return tuple(kind for kind in MEDIA_KINDS if kind != "audio")
 
 
 def _identity(item: Item) -> bytes:

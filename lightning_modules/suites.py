@@ -24,7 +24,8 @@ from rich.progress import MofNCompleteColumn, Progress
 from datamodules.processors.processor import Processor
 from kernels.contrastive import check_prefixes
 from lightning_modules.encoder.embedder import Embedder
-from lightning_modules.suite_encoder import SuiteEncoder, Vectors, media_of, picture_kind, undecoded
+from lightning_modules.encoder.native import media_of
+from lightning_modules.suite_encoder import SuiteEncoder, Vectors, picture_kind, undecoded
 from lightning_modules.suite_rows import mean_rows, name_of, task_rows, word
 
 HUB_SECONDS = 10.0  # our choice: how long the hub may take to answer at all
@@ -217,7 +218,7 @@ class _SuiteJudge:
         from mteb.models.model_meta import ScoringFunction
 
         self.batch_size, self.cache = batch_size, mteb.ResultCache(out / "mteb")
-        self.vectors, self.media = Vectors(encoder, processor, batch_size), media_of(encoder, processor)
+        self.vectors, self.media = Vectors(encoder, processor, batch_size), media_of(encoder.backbone, processor)
         made_so = [prompts, dataclasses.asdict(processor.config), dataclasses.asdict(encoder.config)]
         digest = hashlib.blake2b(json.dumps(made_so, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
         facts = {

@@ -16,8 +16,9 @@ from lightning_modules.block_encoder import BlockEncoder
 from lightning_modules.configuration import CONF, compose
 from lightning_modules.encoder.checkpoint import save_encoder
 from lightning_modules.encoder.embedder import Embedder
+from lightning_modules.encoder.native import media_of
 from lightning_modules.evaluate import evaluate
-from lightning_modules.judge import Judge, kinds_of
+from lightning_modules.judge import Judge
 from lightning_modules.precision import BITS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,7 +119,7 @@ def test_what_an_encoder_does_not_take_is_said_and_never_a_number(tiny_config, p
 
     backbone = dataclasses.replace(tiny_config.backbone, towers={}, routes={}, tokens={})
     text_only = Embedder(dataclasses.replace(tiny_config, backbone=backbone))
-    assert kinds_of(text_only, processor) == {"text", "code"}
+    assert media_of(text_only.backbone, processor) == ()
     texts = {"world/text-text": BenchmarkSpec("retrieval", "world/text-text/test")}
     rows = judge_of(text_only, processor, world).results({**IMAGES, **texts}).rows
     for row in rows:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datamodules.processors.inputs import Inputs
-from datamodules.processors.native import PICTURE, TEXT
-from datamodules.processors.processor import ProcessorConfig
+from datamodules.processors.native import PICTURE, TEXT, NativeProcessor
+from datamodules.processors.processor import Processor, ProcessorConfig
+from datamodules.sample import MEDIA_KINDS
 from lightning_modules.encoder.backbone import BackboneConfig, checkpoint_transformers, settings_of, transformers_model
 from lightning_modules.encoder.composed import ComposedBackbone
 
@@ -204,6 +205,15 @@ def require_its_inputs(backbone: ComposedBackbone | WholeModel, processor: Proce
             f"the text model comes from {pretrained}, and a new tokenizer's ids would mean other words to it; "
             f"set data.processor.tokenizer={pretrained}"
         )
+
+
+def media_of(backbone: ComposedBackbone | WholeModel, processor: Processor) -> tuple[str, ...]:
+    """The kinds of media that an encoder takes beside text and code."""
+    if isinstance(processor, NativeProcessor):
+        return tuple(processor.kinds)
+    if isinstance(backbone, DualBackbone):
+        return tuple(kind for kind in MEDIA_KINDS if kind != "audio")
+    return tuple(backbone.routes)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def build_backbone(config: BackboneConfig, *, load_pretrained: bool = True) -> ComposedBackbone | NativeBackbone | DualBackbone:
