@@ -213,7 +213,8 @@ def media_of(backbone: ComposedBackbone | WholeModel, processor: Processor) -> t
         return tuple(processor.kinds)
     if isinstance(backbone, DualBackbone):
         return tuple(kind for kind in MEDIA_KINDS if kind != "audio")
-    return tuple(backbone.routes)  # pyright: ignore[reportAttributeAccessIssue]
+    routes: Any = backbone.routes
+    return tuple(routes)
 
 
 def build_backbone(config: BackboneConfig, *, load_pretrained: bool = True) -> ComposedBackbone | NativeBackbone | DualBackbone:
