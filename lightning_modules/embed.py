@@ -20,9 +20,8 @@ from datamodules.sample import BadExampleError, Example, Item, key_of
 from datamodules.shards import Split, is_written, write_split
 from datamodules.tasks import Mixture
 from lightning_modules.encoder.checkpoint import load_encoder, read_provenance
-from lightning_modules.encoder.embedder import ComputeConfig, Embedder, cut, probe
+from lightning_modules.encoder.embedder import ComputeConfig, Embedder, cut, device_named, probe
 from lightning_modules.encoder.prepacked import prepack
-from lightning_modules.judge import device_named
 
 Templates = dict[str, str | None]  # column to the template around its text
 

@@ -24,9 +24,9 @@ from datamodules.files import replace_file
 from datamodules.job import digest_of
 from datamodules.tasks import BenchmarkSpec
 from lightning_modules.encoder.checkpoint import load_encoder, read_provenance, trainable
-from lightning_modules.encoder.embedder import ComputeConfig, probe
+from lightning_modules.encoder.embedder import ComputeConfig, device_named, probe
 from lightning_modules.encoder.prepacked import prepack
-from lightning_modules.judge import Findings, Judge, device_named
+from lightning_modules.judge import Findings, Judge
 from lightning_modules.objective.gather import this_rank
 from lightning_modules.precision import Dtype
 from lightning_modules.report import results_table, write_report

@@ -27,7 +27,7 @@ from lightning_modules.answer_recall import answer_recall
 from lightning_modules.block_encoder import BlockEncoder
 from lightning_modules.columns import Column, Distinct, Side, embed_column
 from lightning_modules.configuration import CONF
-from lightning_modules.encoder.embedder import Embedder, cut
+from lightning_modules.encoder.embedder import Embedder, cut, device_named
 from lightning_modules.encoder.native import media_of
 from lightning_modules.neighbours import exact
 from lightning_modules.objective.gather import gathered, num_ranks, this_rank
@@ -467,11 +467,6 @@ class Judged:
 
 
 FIRST = {"retrieval": "recall@1", "similarity": "spearman", "classification": "accuracy_probe", "clustering": "v_measure"}
-
-
-def device_named(name: str) -> str:
-    """A device; for `auto` the best there is."""
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _cut(chunks: Iterable[Chunk], width: int) -> Iterator[Chunk]:

@@ -20,9 +20,8 @@ from datamodules.shards import Split
 from kernels.contrastive import check_prefixes
 from lightning_modules.block_encoder import BlockEncoder
 from lightning_modules.encoder.checkpoint import load_encoder, read_provenance
-from lightning_modules.encoder.embedder import ComputeConfig, probe
+from lightning_modules.encoder.embedder import ComputeConfig, device_named, probe
 from lightning_modules.encoder.prepacked import prepack
-from lightning_modules.judge import device_named
 from lightning_modules.neighbours import Index, IndexSettings, Kind, Neighbours, built_once, exact, require_faiss
 from lightning_modules.vectors import Chunk, Dtype, Vectors
 

@@ -25,7 +25,7 @@ from datamodules.media.audio import SAMPLE_RATE
 from datamodules.media.limits import DecodeLimits
 from datamodules.sample import BadExampleError, Example, Item, Part
 from datamodules.shards import Split
-from lightning_modules.evaluate import device_named
+from lightning_modules.encoder.embedder import device_named
 
 NOTHING_SAID = "."  # our choice: stands for an empty transcript, as an encoder may refuse a text of no token
 READ_FILES = {".safetensors", ".json", ".txt", ".model"}  # weights, configurations, tokenizers

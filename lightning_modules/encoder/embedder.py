@@ -192,6 +192,11 @@ class Embedder(nn.Module):
         return self.projection(pool(states_TH, inputs.lengths, self.pooling)).float()
 
 
+def device_named(name: str) -> str:
+    """A device; for `auto` the best there is."""
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Names and values of a configuration and of those within it."""
     for name, value in settings.items():

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from datamodules.curation.prompts import Message
 from datamodules.files import sha256_of
 from datamodules.sample import MEDIA_KINDS
-from lightning_modules.evaluate import device_named
+from lightning_modules.encoder.embedder import device_named
 from lightning_modules.llm.interface import LLM, Answer, Request, Sampling
 
 READ_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt"}  # weights, configurations, tokenizers, chat templates
