@@ -187,7 +187,7 @@ class Judge:
             except NoSplitError as error:
                 files = (file for file in (CONF / "benchmarks").glob("*.yaml") if f"\n  {name}:\n" in file.read_text())
                 where = "".join(f"; conf/benchmarks/{file.name} says where its data come from" for file in sorted(files)[:1])
-                missing[name] = f"{error}{where}"
+                missing[name] = f"{str(error).rstrip('.')}{where}"
         if len(missing) == len(benchmarks):
             name = next(iter(missing))
             raise ValueError(f"benchmark {name!r}: {missing[name]}")
