@@ -122,7 +122,11 @@ class Benchmarks(Callback):
                 print(f"ended early at step {step}: {self.num_worse} judgements without a better score", flush=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "num_worse": self.num_worse} if self.files else {}
+        told = {"best": self.best, "num_worse": self.num_worse, "judged_by": [self.score, *self.files]}
+        return told if self.files else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["judged_by"] != [self.score, *self.files]:
+            print(f"the checkpoint's best is by {state_dict['judged_by']}, another score than this run's: it begins anew")
+            return
         self.best, self.num_worse = state_dict["best"], state_dict["num_worse"]

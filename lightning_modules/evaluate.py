@@ -1,7 +1,7 @@
 """Every benchmark at every prefix: results.json, report.html, and what comparing two runs needs.
 
 <out>/results.json    a row for each benchmark, metric, prefix and stored form; see `Judge.results`
-<out>/values.npz      the values of each query, see `judge.Findings`; for `conf=compare`
+<out>/values.npz      the values of each query, see `findings.Findings`; for `conf=compare`
 <out>/space.json      the embedding space's health, see `space.health_rows`
 <out>/report.html     all of it as a page
 <out>/.vectors        while it runs: what is embedded, so that a run that was stopped goes on
@@ -12,11 +12,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
 from rich.console import Console
 
@@ -26,10 +25,12 @@ from datamodules.tasks import BenchmarkSpec
 from lightning_modules.encoder.checkpoint import load_encoder, read_provenance, trainable
 from lightning_modules.encoder.embedder import ComputeConfig, device_named, probe
 from lightning_modules.encoder.prepacked import prepack
-from lightning_modules.judge import Findings, Judge
+from lightning_modules.findings import Findings
+from lightning_modules.judge import Judge
 from lightning_modules.objective.gather import this_rank
 from lightning_modules.precision import Dtype
 from lightning_modules.report import results_table, write_report
+from lightning_modules.results import write_values
 from lightning_modules.suites import SuiteSpec, judge_suites, require_mteb
 
 
@@ -136,7 +137,8 @@ def evaluate(
         space=found.space,
         facts={name: value for name, value in facts.items() if value},
     )
-    shutil.rmtree(vectors, ignore_errors=not benchmarks)
+    if vectors.exists():  # nothing was embedded where no benchmark is supported
+        shutil.rmtree(vectors)
     console = Console(width=None if os.isatty(1) else 120)
     console.print(f"results in {Path(out) / 'results.json'}, report in {Path(out) / 'report.html'}")
     console.print(results_table(found.rows))
@@ -156,22 +158,6 @@ def _processes(device: str) -> Iterator[str]:
         yield device
     finally:
         dist.destroy_process_group()
-
-
-def write_values(file: Path, values: Mapping[str, np.ndarray]) -> None:
-    """Arrays by name, compressed; at `file` there is afterwards a whole file or what was there before.
-
-    Raises:
-        OSError: The disk is full or the place is not writable.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        with beside.open("wb") as opened:
-            np.savez_compressed(opened, **values)  # pyright: ignore[reportArgumentType]
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _curves(runs: list[str]) -> dict[str, Path]:

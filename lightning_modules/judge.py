@@ -5,9 +5,7 @@ Letters: Q queries, D embedding width.
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +27,14 @@ from lightning_modules.columns import Column, Distinct, Side, embed_column
 from lightning_modules.configuration import CONF
 from lightning_modules.encoder.embedder import Embedder, cut, device_named
 from lightning_modules.encoder.native import media_of
+from lightning_modules.findings import Findings, Judged, Settings
 from lightning_modules.neighbours import exact
 from lightning_modules.objective.gather import gathered, num_ranks, this_rank
-from lightning_modules.precision import Dtype, asked, bytes_of, stored
+from lightning_modules.precision import Dtype, asked, stored
 from lightning_modules.ranking import Relevance, ranks
 from lightning_modules.report import Neighbours
 from lightning_modules.space import evenly, health_rows
-from lightning_modules.statistics import bootstrap_interval, spearman_interval
+from lightning_modules.statistics import spearman_interval
 from lightning_modules.vectors import Chunk
 
 BAR = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
@@ -43,34 +42,6 @@ NUM_SHOWN_QUERIES = 4
 NUM_SHOWN_NEIGHBOURS = 5
 ANSWERS = "answers@5kt"
 ANSWER_DOCUMENTS = 100  # that are read for an answer; 5,000 tokens are fewer, of the passages of 100 words that are usual
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What judging gave.
-
-    Args:
-        rows: Those of results.json, see `Judge.results`.
-        values: Name to values (Q,) of each query: `<benchmark>|<metric>|<prefix>|<dtype>|<prompts>`; `<benchmark>|queries`
-            holds the queries' content ids in the same order.
-        space: Rows of space.json, see `lightning_modules.space`.
-        neighbours: What the report shows of retrieval.
-    """
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    values: dict[str, np.ndarray] = field(default_factory=dict)
-    space: list[dict[str, Any]] = field(default_factory=list)
-    neighbours: list[Neighbours] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """At which widths, in which forms, with which prompts, and whether with intervals, the space's health and neighbours."""
-
-    widths: Sequence[int]
-    dtypes: Sequence[Dtype] = ("float32",)
-    prompts: bool = True
-    deep: bool = True
 
 
 class Judge:
@@ -131,8 +102,8 @@ class Judge:
             deep: Give intervals, the space's health and neighbours too.
 
         Raises:
-            ValueError: No benchmark, a name, prefix or metric that does not fit, a split that is missing or lacks what is
-                measured.
+            ValueError: No benchmark, or none whose data are there; a name, prefix or metric that does not fit; a split that
+                lacks what is measured.
         """
         if not benchmarks:
             raise ValueError("there is no benchmark to evaluate; add `include: [benchmarks/world]` or give benchmarks")
@@ -145,9 +116,9 @@ class Judge:
                 self._bar.update(ticket, description=name)
                 if name in missing:
                     Judged(findings, name, spec, Settings(widths)).without_value(f"no data: {missing[name]}")
-                    continue
-                self._judge(findings, name, spec, Settings(widths, dtypes, deep=deep))
-                if without_prompts and (spec.query_prompt, spec.target_prompt) != (None, None):
+                else:
+                    self._judge(findings, name, spec, Settings(widths, dtypes, deep=deep))
+                if without_prompts and name not in missing and (spec.query_prompt, spec.target_prompt) != (None, None):
                     bare = dataclasses.replace(spec, query_prompt=None, target_prompt=None)
                     self._judge(findings, name, bare, Settings(widths[-1:], prompts=False, deep=False))
                 self._bar.advance(ticket)
@@ -219,7 +190,7 @@ class Judge:
         else:
             self._clustering(judged, spec, own)
 
-    def _retrieval(self, judged: "Judged", spec: BenchmarkSpec, asked_of: tuple[str, Side], found_in: tuple[str, Side]) -> None:
+    def _retrieval(self, judged: Judged, spec: BenchmarkSpec, asked_of: tuple[str, Side], found_in: tuple[str, Side]) -> None:
         prompt_of = {"query": spec.query_prompt, "target": spec.target_prompt}
         columns = [self._column(folder, side, prompt_of[side]) for folder, side in (asked_of, found_in)]
         ids = [column.ids() for column in columns]
@@ -316,7 +287,7 @@ class Judge:
             values.append(answer_recall(texts, answers))
         return np.array(values)
 
-    def _similarity(self, judged: "Judged", spec: BenchmarkSpec) -> None:
+    def _similarity(self, judged: Judged, spec: BenchmarkSpec) -> None:
         split = self._split(spec.shards)
         scores = [split.read(position).score for position in range(len(split))]
         gold_Q = np.array([score for score in scores if score is not None], float)
@@ -339,7 +310,7 @@ class Judge:
                 note = None if value is not None else "all cosines are alike: the embeddings have collapsed"
                 judged.row("spearman", width, dtype, value, interval=interval, chance=0.0, note=note)
 
-    def _classification(self, judged: "Judged", spec: BenchmarkSpec, side: Side) -> None:
+    def _classification(self, judged: Judged, spec: BenchmarkSpec, side: Side) -> None:
         assert spec.train is not None
         labels, train_labels = self._labels(spec.shards), self._labels(spec.train)
         column, train = (self._column(folder, side, spec.query_prompt) for folder in (spec.shards, spec.train))
@@ -364,7 +335,7 @@ class Judge:
                     )
                     judged.add(width, dtype, values, chance)
 
-    def _clustering(self, judged: "Judged", spec: BenchmarkSpec, side: Side) -> None:
+    def _clustering(self, judged: Judged, spec: BenchmarkSpec, side: Side) -> None:
         labels = np.array(self._labels(spec.shards))
         vectors_QD = torch.from_numpy(self._column(spec.shards, side, spec.query_prompt).rows(np.arange(len(labels))))
         judged.sizes(len(labels), len(np.unique(labels)), None)
@@ -408,65 +379,10 @@ class Judge:
     def _embed_items(self, texts: list[Item], prompt: str | None) -> Tensor:
         prompted = [with_prompt(item, prompt or "{text}") for item in texts]
         batches = [prompted[first : first + self.batch_size] for first in range(0, len(prompted), self.batch_size)]
-        return torch.cat([self.encoder(self.processor(batch).to(self.device)).cpu() for batch in batches])
-
-
-class Judged:
-    """Where the findings of one benchmark go."""
-
-    def __init__(self, findings: Findings, name: str, spec: BenchmarkSpec, settings: Settings) -> None:
-        self.findings, self.name, self.spec, self.settings = findings, name, spec, settings
-        self._sizes: dict[str, int | None] = {"num_queries": None, "num_candidates": None}
-
-    def sizes(self, num_queries: int, num_candidates: int, query_ids: np.ndarray | None) -> None:
-        """How many there are; and the queries' content ids, where each has a value of its own."""
-        self._sizes = {"num_queries": num_queries, "num_candidates": num_candidates}
-        if query_ids is not None:  # the second of equal items is another query than the first
-            order = np.argsort(query_ids, kind="stable")
-            ordered, number_Q = query_ids[order], np.empty(len(order), np.int64)
-            number_Q[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
-            self.findings.values[f"{self.name}|queries"] = query_ids + number_Q
-
-    def add(self, width: int, dtype: Dtype, values: Mapping[str, np.ndarray], chance: Mapping[str, float | None]) -> None:
-        """Rows of means over queries; the metric that stands for the benchmark comes first, with its interval."""
-        headline = self.spec.metric or next(iter(values))
-        if headline not in values:
-            raise ValueError(f"benchmark {self.name!r} asks for {headline!r}; {self.spec.measure} has {', '.join(values)}")
-        for metric in sorted(values, key=lambda metric: metric != headline):
-            interval = None
-            if metric == headline:
-                interval = bootstrap_interval(values[metric]) if self.settings.deep and len(values[metric]) > 1 else None
-                key = f"{self.name}|{metric}|{width}|{dtype}|{str(self.settings.prompts).lower()}"
-                self.findings.values[key] = values[metric]
-            elif dtype != "float32" or not self.settings.prompts:
-                continue
-            self.row(metric, width, dtype, float(values[metric].mean()), interval=interval, chance=chance[metric])
-
-    def row(
-        self,
-        metric: str,
-        width: int,
-        dtype: Dtype,
-        value: float | None,
-        *,
-        chance: float | None,
-        interval: tuple[float, float] | None = None,
-        note: str | None = None,
-    ) -> None:
-        low, high = interval or (None, None)
-        row = {"benchmark": self.name, "metric": metric, "prefix": width, "dtype": dtype, "prompts": self.settings.prompts}
-        row |= {"value": value, "low": low, "high": high, "chance": chance, **self._sizes, "bytes": bytes_of(width, dtype)}
-        row |= {"group": self.spec.group, "language": self.spec.language}
-        self.findings.rows.append(row if note is None else row | {"note": note})
-
-    def without_value(self, note: str) -> None:
-        """Rows that say why there is no number."""
-        metric = self.spec.metric or FIRST[self.spec.measure]
-        for width in self.settings.widths:
-            self.row(metric, width, "float32", None, chance=None, note=note)
-
-
-FIRST = {"retrieval": "recall@1", "similarity": "spearman", "classification": "accuracy_probe", "clustering": "v_measure"}
+        vectors = torch.cat([self.encoder(self.processor(batch).to(self.device)).cpu() for batch in batches])
+        if not vectors.isfinite().all():
+            raise ValueError("the encoder gives a label's text a vector that is not finite; use another checkpoint")
+        return vectors
 
 
 def _cut(chunks: Iterable[Chunk], width: int) -> Iterator[Chunk]:

@@ -1,9 +1,10 @@
 """What an evaluation leaves: the rows of results.json as scores, and the values of each query in values.npz."""
 
 import math
+import os
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,27 @@ REQUIRED = {"benchmark": TEXT}
 OPTIONAL = {"metric": TEXT, "prefix": COUNT, "dtype": TEXT, "prompts": bool, "value": NUMBER, "low": NUMBER, "high": NUMBER}
 OPTIONAL |= {"chance": NUMBER, "num_queries": COUNT, "num_candidates": COUNT, "bytes": COUNT}
 OPTIONAL |= {"group": TEXT, "language": TEXT, "note": TEXT}
+
+
+def name_of_values(benchmark: str, metric: str, prefix: int, dtype: str, has_prompts: bool) -> str:
+    """What the values of each query are called in values.npz."""
+    return f"{benchmark}|{metric}|{prefix}|{dtype}|{str(has_prompts).lower()}"
+
+
+def write_values(file: Path, values: Mapping[str, np.ndarray]) -> None:
+    """Arrays by name, compressed; at `file` there is afterwards a whole file or what was there before.
+
+    Raises:
+        OSError: The disk is full or the place is not writable.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        with beside.open("wb") as opened:
+            np.savez_compressed(opened, **values)  # pyright: ignore[reportArgumentType]
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 class Number(NamedTuple):
@@ -169,7 +191,7 @@ class Values:
         Raises:
             ValueError: Values and queries do not fit each other.
         """
-        key = f"{score.benchmark}|{score.metric}|{prefix}|{score.dtype}|{str(score.has_prompts).lower()}"
+        key = name_of_values(score.benchmark, score.metric, prefix, score.dtype, score.has_prompts)
         ids, values = self._arrays.get(f"{score.benchmark}|queries"), self._arrays.get(key)
         if ids is None or values is None:
             return None

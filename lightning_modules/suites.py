@@ -303,7 +303,7 @@ class _SuiteJudge:
             else:
                 try:
                     found[width] = self._run(task, width)  # all of its tasks are in the cache
-                except Exception as error:
+                except Exception as error:  # as of any task
                     found[width] = f"error: {_cause(error)}"
         return found
 

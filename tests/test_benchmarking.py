@@ -1,6 +1,7 @@
 """Promises of benchmarks while training: scores in the log, the best encoder kept, an early end, and nothing else changed."""
 
 import csv
+import math
 import re
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ from test_sharded import SHARDED, STILL
 from trials import consumed, weights_hash
 
 from datamodules.tasks import BenchmarkSpec
+from lightning_modules.benchmarking import Benchmarks
 from lightning_modules.configuration import CONF, compose
 from lightning_modules.encoder.checkpoint import load_encoder, read_provenance
 from lightning_modules.judge import Judge
@@ -22,15 +24,17 @@ def judging(out: Path, **settings: str) -> list[str]:
     """Overrides that have a run judged, and its scores logged."""
     told = ", ".join(f"{name}: {value}" for name, value in (SETTINGS | settings).items())
     callbacks = (
+        "{class_path: lightning_modules.ema.EMA, init_args: {decay: 0.5}}",
         "{class_path: lightning_modules.checkpoints.Checkpoints, init_args: {every_steps: 4}}",
         f"{{class_path: lightning_modules.benchmarking.Benchmarks, init_args: {{{told}}}}}",
     )
     logger = f"{{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: '{out}', name: logs}}}}"
+    # the encoders that are written are averages, as those that are judged must be
     return [*STILL, f"trainer.callbacks=[{', '.join(callbacks)}]", f"trainer.logger={logger}"]
 
 
 def trained(zygote, out: Path, *more: str, size: int = 1) -> tuple[Path, str]:
-    run = zygote.begin(out, *(more or STILL), world_size=size)
+    run = zygote.begin(out, *more, world_size=size)
     assert run.wait() == [0] * size, run.log()
     return out, run.log()
 
@@ -75,7 +79,8 @@ def test_the_score_is_that_of_the_encoder_that_is_written(judged, world):
 
 
 def test_learning_is_that_of_a_run_without_benchmarks(zygote, judged, tmp_path):
-    plain, _ = trained(zygote, tmp_path / "plain")
+    out = tmp_path / "plain"
+    plain, _ = trained(zygote, out, *judging(out, benchmarks="[]"))
     assert weights_hash(plain) == weights_hash(judged[0])
     assert not (plain / "encoder-best").exists()
 
@@ -108,6 +113,16 @@ def test_the_best_so_far_is_remembered_by_checkpoints(zygote, judged, tmp_path):
     run.wait()
     out, _ = trained(zygote, tmp_path / "run", *every, "ckpt_path=newest")
     assert read_provenance(out / "encoder-best")["benchmarks"] == read_provenance(judged[0] / "encoder-best")["benchmarks"]
+
+
+def test_another_score_is_not_held_against_the_checkpoints(capsys):
+    before, same, other = (Benchmarks(benchmarks=["world"], score=score) for score in ("mean", "mean", "world/text-image"))
+    before.best, before.num_worse = 0.7, 2
+    for callback in (same, other):
+        callback.load_state_dict(before.state_dict())
+    assert (same.best, same.num_worse) == (0.7, 2)
+    assert (other.best, other.num_worse) == (-math.inf, 0)
+    assert "another score than this run's: it begins anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

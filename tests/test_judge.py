@@ -1,5 +1,6 @@
 """Promises of judging: every stored form and prompt, values for each query, what cannot be judged, resuming, processes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -115,8 +116,6 @@ def test_shuffled_judgements_give_chance(tiny_encoder, processor, tmp_path):
 
 
 def test_what_an_encoder_does_not_take_is_said_and_never_a_number(tiny_config, processor, world):
-    import dataclasses
-
     backbone = dataclasses.replace(tiny_config.backbone, towers={}, routes={}, tokens={})
     text_only = Embedder(dataclasses.replace(tiny_config, backbone=backbone))
     assert media_of(text_only.backbone, processor) == ()
@@ -130,6 +129,14 @@ def test_what_an_encoder_does_not_take_is_said_and_never_a_number(tiny_config, p
             assert row["value"] is not None
     with pytest.raises(ValueError, match="'world/text-image' has no value: not supported"):
         judge_of(text_only, processor, world).headline(IMAGES)
+
+
+def test_an_evaluation_of_nothing_that_is_supported_ends_as_any_other(tiny_config, processor, world, tmp_path):
+    backbone = dataclasses.replace(tiny_config.backbone, towers={}, routes={}, tokens={})
+    text_only = Embedder(dataclasses.replace(tiny_config, backbone=backbone))
+    save_encoder(tmp_path / "encoder", text_only, processor, provenance={})
+    evaluate(str(tmp_path / "encoder"), str(tmp_path / "out"), root=str(world), benchmarks=IMAGES, num_workers=0)
+    assert {row["value"] for row in read(tmp_path / "out")} == {None}
 
 
 def test_a_benchmarks_answers_are_looked_for_in_what_is_found(tiny_encoder, processor, tmp_path):

@@ -52,6 +52,13 @@ def test_what_is_differentiated_or_not_in_fp32_is_computed_as_before(layers):
         assert torch.equal(plain.double()(x.double()), packed.double()(x.double()))
 
 
+def test_a_compiled_module_computes_as_before(layers):
+    plain, packed = layers
+    x = torch.randn(3, 48)
+    with torch.inference_mode():
+        assert torch.equal(torch.compile(packed, backend="eager")(x), plain(x))
+
+
 def test_weights_that_change_are_laid_out_anew(layers):
     plain, packed = layers
     assert same(plain, packed, 4)

@@ -38,7 +38,8 @@ class LaidOut:
 def _forward(layer: nn.Linear, laid_out: LaidOut, x: Tensor) -> Tensor:
     weight = layer.weight
     is_plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and type(weight) is nn.Parameter
-    if not is_plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not x.numel():
+    is_left = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    if not is_plain or is_left or not x.numel():
         return F.linear(x, weight, layer.bias)
     version = (weight._version, weight.data_ptr())
     if laid_out.version != version:
