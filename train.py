@@ -178,6 +178,7 @@ def _refuse_environment() -> None:
 def _quiet_libraries() -> None:
     """Keep what a person cannot act on off the screen."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # advertisements among others
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao 0.18, which transformers imports where it is
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 uses what torch 2.15 deprecates
     warnings.filterwarnings("ignore", message=".*JSONARGPARSE_DEPRECATION.*")  # Lightning 2.6 calls what jsonargparse renamed
     warnings.filterwarnings("ignore", message=".*has `__len__` defined.*")  # workers share the steps, see StepStream

@@ -34,6 +34,7 @@ from lightning_modules.guard import Guard
 from lightning_modules.objective.health import CollapseWatch, first_line
 from lightning_modules.objective.objective import Objective, ObjectiveConfig, ObjectiveLoss
 from lightning_modules.optimizer import OptimizerConfig, base_rate, freeze, optimizer_of, warmup_cosine
+from lightning_modules.quantization import QuantizationConfig
 from lightning_modules.sharded import Sharded, is_sharded, shard, whole
 from lightning_modules.trained import frozen_sha256, require_same_run, trained_state
 
@@ -55,6 +56,7 @@ class Stage(L.LightningModule):
     """
 
     data_class: ClassVar[type[TrainingData]] = TrainingData
+    quantization: QuantizationConfig | None = None  # how matrices are rounded while it trains
 
     def __init__(
         self,
@@ -95,8 +97,9 @@ class Stage(L.LightningModule):
     def settle(self) -> None:
         """Freeze what is not trained, and keep what checkpoints will say of it; once all of the stage is there."""
         freeze(self, self.optimizer_config)
-        described = None if self.lora is None else dataclasses.asdict(self.lora)
-        self.made_for = {"lora": described, "frozen_sha256": frozen_sha256(self)}
+        chosen = {"lora": self.lora, "quantization": self.quantization}
+        described = {key: None if config is None else dataclasses.asdict(config) for key, config in chosen.items()}
+        self.made_for = {**described, "frozen_sha256": frozen_sha256(self)}
 
     @property
     def data(self) -> TrainingData:
@@ -260,15 +263,19 @@ class Stage(L.LightningModule):
         with averaged(self.trainer, self.encoder) as average:
             weights = {key: whole(weight) for key, weight in self.encoder.state_dict().items()}
             if self.trainer.is_global_zero:
-                provenance |= average | self._adapters(weights)
-                weights = weights if self.lora is None else merged(weights, self.lora)
+                weights, about = self.stored(weights)
+                provenance |= average | about
                 save_encoder(folder, self.encoder, self.data.processor, provenance=provenance, weights=weights)
                 print(f"encoder in {folder}")
 
-    def _adapters(self, weights: dict[str, Tensor]) -> dict[str, Any]:
-        """What provenance says of adapters that are merged; on the screen those that did nothing."""
+    def stored(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The weights that the encoder's folder holds, adapters merged into them, and what its provenance says of that.
+
+        Args:
+            weights: The encoder's whole state.
+        """
         if self.lora is None:
-            return {}
+            return weights, {}
         idle = unmoved(self.encoder, weights)
         if idle:
             print(
@@ -276,4 +283,5 @@ class Stage(L.LightningModule):
                 "went through their layers, or the model uses the weights of these without calling them",
                 flush=True,
             )
-        return {"lora": {**dataclasses.asdict(self.lora), "layers": len(self.adapted)}}
+        about = {"lora": {**dataclasses.asdict(self.lora), "layers": len(self.adapted)}}
+        return merged(weights, self.lora), about

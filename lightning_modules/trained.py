@@ -78,11 +78,12 @@ def require_same_run(stage: Any, checkpoint: dict[str, Any]) -> None:
         ValueError: They are not the same.
     """
     own, held = stage.made_for, {key: checkpoint.get(key) for key in stage.made_for}
-    if held["lora"] != own["lora"]:
-        raise ValueError(
-            f"the checkpoint was made with model.lora {held['lora']}, this run has {own['lora']}; "
-            "go on with that of the checkpoint"
-        )
+    for key in own.keys() - {"frozen_sha256"}:
+        if held[key] != own[key]:
+            raise ValueError(
+                f"the checkpoint was made with model.{key} {held[key]}, this run has {own[key]}; "
+                "go on with that of the checkpoint"
+            )
     encoder = "encoder."
     weights = {n.removeprefix(encoder): w for n, w in checkpoint["state_dict"].items() if n.startswith(encoder)}
     trained = trained_state(stage.encoder)

@@ -20,6 +20,7 @@ from datamodules.processors.sentence_transformers import is_sentence_transformer
 from datamodules.record import read_json
 from lightning_modules.encoder.backbone import BackboneConfig
 from lightning_modules.encoder.embedder import Embedder, EncoderConfig, leaves
+from lightning_modules.encoder.packed_weights import unpack
 from lightning_modules.encoder.sentence_transformers import load_sentence_transformers, provenance_of
 from lightning_modules.encoder.towers import TowerConfig
 
@@ -42,7 +43,7 @@ def save_encoder(
         encoder: What is saved.
         processor: Saved with it.
         provenance: What made it (stage, steps, parents, ..); JSON values.
-        weights: Its state, where the encoder itself has only a share of it.
+        weights: Its state, where the encoder itself has only a share of it, or it is written in another form (`packed`).
 
     Raises:
         ValueError: A weight is not finite.
@@ -115,7 +116,7 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """The weights in a folder, checked against their SHA-256."""
+    """The weights in a folder, checked against their SHA-256; rounded ones as the numbers that they stand for."""
     folder = Path(folder)
     if is_sentence_transformers(folder):
         return load_sentence_transformers(folder)[0].state_dict()
@@ -126,7 +127,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         )
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return unpack({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}); use another copy of this checkpoint") from error
 
