@@ -124,7 +124,7 @@ def packed(weights: Mapping[str, Tensor], plan: Mapping[str, Rounding]) -> dict[
 @torch.no_grad()
 def rounded(weight_RC: Tensor, rounding: Rounding) -> Rounded:
     """The nearest whole numbers: a block's largest magnitude is half a step beyond the largest number of its bits."""
-    block, dtype = (1, rounding.block or weight_RC.shape[1]), torch.int4 if rounding.bits == 4 else torch.int8
+    block, dtype = (1, rounding.block or weight_RC.shape[1]), getattr(torch, f"int{rounding.bits}")
     tensor = require_torchao().IntxUnpackedToInt8Tensor.from_hp(weight_RC.detach().float(), block, dtype)
     return Rounded(tensor.qdata, tensor.scale.view(len(weight_RC), -1), rounding.bits)
 
