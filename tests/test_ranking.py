@@ -58,17 +58,19 @@ def test_ranks_are_those_of_a_full_sort(dtype, chunk, most, monkeypatch):
         agree(found, sorted_ranks(score_QC, relevance), depth)
 
 
-@pytest.mark.parametrize(("chunk", "most"), [(100, 2**24), (7, 20)])
-def test_a_shortlist_by_bits_is_ordered_by_the_query_as_it_is(chunk, most, monkeypatch):
+@pytest.mark.parametrize(
+    ("width", "depth", "chunk", "most"),
+    [(16, 5, 100, 2**24), (16, 5, 7, 20), (4, 5, 100, 2**24)],  # of 4 bits, many are as near as the last of a shortlist
+)
+def test_a_shortlist_by_bits_is_ordered_by_the_query_as_it_is(width, depth, chunk, most, monkeypatch):
     monkeypatch.setattr(ranking, "MAX_SCORES", most)
-    queries, candidates, relevance = case(12, 90, 16, 1)
+    queries, candidates, relevance = case(12, 90, width, 1)
     bits_CD = stored(torch.from_numpy(candidates), "binary")
     near_QC = (stored(queries, "binary") @ bits_CD.T).numpy()
     near_QC[relevance.query, relevance.candidate] -= 0.5
-    depth = 5
     place_QC = np.argsort(np.argsort(-near_QC, axis=1, kind="stable"), axis=1, kind="stable")
     score_QC = np.where(place_QC < SHORTLIST * depth, (queries @ bits_CD.T).numpy(), -np.inf)
-    found = ranks(queries, chunked(candidates, chunk), relevance, width=16, depth=depth, dtype="binary_rescored")
+    found = ranks(queries, chunked(candidates, chunk), relevance, width=width, depth=depth, dtype="binary_rescored")
     agree(found, sorted_ranks(score_QC, relevance), depth)
     assert not (found == sorted_ranks(near_QC, relevance)).all()
 
