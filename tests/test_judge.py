@@ -19,6 +19,7 @@ from lightning_modules.encoder.checkpoint import save_encoder
 from lightning_modules.encoder.embedder import Embedder
 from lightning_modules.encoder.native import media_of
 from lightning_modules.evaluate import evaluate
+from lightning_modules.findings import Findings, Judged, Settings
 from lightning_modules.judge import Judge
 from lightning_modules.precision import BITS
 
@@ -243,3 +244,11 @@ def test_processes_judge_together_what_one_judges_alone(zygote, folder, world, t
     statuses = [zygote.ask(wait=pid) for pid in pids]
     assert statuses == [0, 0, 0], "".join(path.read_text() for path in tmp_path.glob("log-*"))
     assert read(tmp_path / "one") == read(tmp_path / "two")
+
+
+def test_equal_queries_keep_names_of_their_own_wherever_they_stand():
+    """Two runs are compared query by query; the second of two equal ones must meet the second."""
+    findings = Findings()
+    judged = Judged(findings, "stsb/text-text", BenchmarkSpec("similarity", "stsb"), Settings([4]))
+    judged.sizes(5, 5, np.array([70, -3, 70, 70, -3]))
+    assert findings.values["stsb/text-text|queries"].tolist() == [70, -3, 71, 72, -2]

@@ -1,0 +1,124 @@
+"""`conf=recipe`: the stages of a model as a graph, run in order or as dependent Slurm jobs; what is done stays done."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from datamodules.job import locked
+from lightning_modules.lineage import read_record, write_lineage, write_record
+from lightning_modules.recipe_graph import ROOT, Run, Runs, StageSpec, runs_of
+from lightning_modules.recipe_runs import make, state_of
+
+SCRIPT = ROOT / "experiments" / "slurm" / "recipe.sbatch"
+
+
+def recipe(
+    out: str,
+    stages: dict[str, StageSpec],
+    *,
+    action: Literal["run", "submit", "status"] = "run",
+    only: str | None = None,
+) -> None:
+    """Make what is not made yet of a graph of stages, each in `<out>/<stage>`, one of several runs in `<out>/<stage>/<n>`.
+
+    A run is done when its configuration, its inputs and what it left are as its record says (`stage.json`). What was made with
+    other ones is moved aside as `<folder>.<hash>`, not lost. A run that was stopped goes on.
+
+    Args:
+        out: Folder of the recipe.
+        stages: Name to stage.
+        action: `run` does them here, one after another; `submit` hands them to Slurm as dependent jobs, those with an array as
+            job arrays; `status` tells what is done, running, failed or waiting, and what it cost.
+        only: Do this stage alone; of several runs, in a task of a Slurm array, that of its number.
+
+    Raises:
+        ValueError: The graph is none, a stage failed, or one that it needs is not done.
+    """
+    runs = runs_of(Path(out), stages)
+    if only is not None and only not in stages:
+        raise ValueError(f"only is {only!r}; the recipe's stages are {', '.join(stages)}")
+    if action == "status":
+        show(runs)
+    elif action == "submit":
+        submit(runs, sys.argv[1:])
+    else:
+        for run in runs.values():
+            if only is None or _is_asked_for(run, only):
+                make(run, runs)
+                with locked(Path(out) / ".lineage.lock"):
+                    write_lineage(Path(out), {name: one.folder for name, one in runs.items()})
+
+
+def _is_asked_for(run: Run, only: str) -> bool:
+    stage, _, number = run.name.partition(".")
+    return stage == only and os.environ.get("SLURM_ARRAY_TASK_ID", number) in (number, "" if number else "0")
+
+
+def submit(runs: Runs, words: list[str]) -> None:
+    """Hand what is not done to Slurm, each stage as one job that waits for those that it needs.
+
+    Args:
+        runs: Of the recipe.
+        words: Of the command line that asked for this.
+
+    Raises:
+        ValueError: Slurm is not here, or refuses a job.
+    """
+    words, jobs = [word for word in words if word.partition("=")[0] != "action"], dict[str, str]()
+    for stage, spec in {run.name.partition(".")[0]: run.spec for run in runs.values()}.items():
+        own = [run for run in runs.values() if run.name.partition(".")[0] == stage]
+        states = {run.name: state_of(run, runs) for run in own}
+        todo = [run for run in own if states[run.name] not in ("done", "running", "submitted")]
+        before = {jobs[name.partition(".")[0]] for run in own for name in run.parents if name.partition(".")[0] in jobs}
+        queued = {str(read_record(run.folder).get("job")) for run in own if states[run.name] in ("running", "submitted")}
+        if todo:
+            options = [f"--{name}={value}" for name, value in spec.slurm.items()]
+            options += [f"--array={','.join(run.name.partition('.')[2] for run in todo)}"] if spec.array else []
+            options += [f"--dependency=afterok:{':'.join(sorted(before))}"] if before else []
+            job = _sbatch([f"--job-name={stage}", *options, str(SCRIPT), *words, f"only={stage}"])
+            queued.add(job)
+            for run in todo:
+                write_record(run.folder, {**read_record(run.folder), "job": job})
+        if queued:
+            jobs[stage] = ":".join(sorted(queued))
+        print(f"{stage}: " + (f"job {jobs[stage]}" if queued else "done before"), flush=True)
+
+
+def _sbatch(words: list[str]) -> str:
+    """The number of a job."""
+    try:
+        asked = subprocess.run(["sbatch", "--parsable", *words], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise ValueError("there is no sbatch here; action=submit needs Slurm, action=run does without") from error
+    if asked.returncode:
+        raise ValueError(f"sbatch refused {words[0]}: {' '.join(asked.stderr.split())}")
+    return asked.stdout.strip().partition(";")[0]
+
+
+def show(runs: Runs) -> None:
+    """Print a line for each run, and what all of them cost."""
+    table = Table("run", "state", "attempts", "hours", "device hours", "ended", "job", box=None, header_style="bold")
+    total = 0.0
+    for run in runs.values():
+        record = read_record(run.folder)
+        hours = (sum(attempt["seconds"] for attempt in record.get("attempts", [])) + _now(record)) / 3600
+        total += hours * record.get("devices", 1)
+        ended = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["ended"])) if "ended" in record else ""
+        cost = [f"{hours:.2f}", f"{hours * record.get('devices', 1):.2f}"] if "key" in record else ["", ""]
+        table.add_row(
+            run.name, state_of(run, runs), str(len(record.get("attempts", []))), *cost, ended, str(record.get("job") or "")
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{total:.2f} device hours in all")
+
+
+def _now(record: dict[str, Any]) -> float:
+    """Seconds of an attempt that is going on."""
+    return time.time() - record["began"] if record.get("state") == "running" else 0.0
