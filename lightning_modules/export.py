@@ -20,13 +20,12 @@ from datamodules.sample import Item, Part
 from lightning_modules.encoder.checkpoint import load_encoder, read_provenance
 from lightning_modules.encoder.embedder import Embedder, cut, probe
 from lightning_modules.encoder.native import media_of
-from lightning_modules.export_folder import as_float32, stock_of, write_portable, write_stock
+from lightning_modules.export_folder import as_float32, stock_of, texts_of, write_portable, write_stock
 from lightning_modules.model_card import Card, model_card, shown
 from lightning_modules.push import refusals
 
 COSINE = 0.99999  # least, of an exported vector and ours
 DIFFERENCE = 1e-3  # most, of a coordinate: vectors of an encoder that lie close together all have a high cosine. Our choice
-MOST_TOKENS = 2048  # of a probe text: our choice; a longer limit is compared by token ids alone
 QUERY = "task: {} | query: "
 PROMPTS = {  # recipe.md's task strings by sentence-transformers' and mteb's names
     "query": QUERY.format("search result"),
@@ -86,6 +85,10 @@ def export(
         ValueError: `out` exists, a number does not fit, or the written folder gives other vectors than the encoder.
     """
     _require_sentence_transformers()
+    if "sentence_transformers" not in formats:
+        raise ValueError(
+            f"formats are {', '.join(formats) or 'none'}; sentence_transformers must be among them, onnx lies beside it"
+        )
     folder = Path(out)
     if folder.exists():
         raise ValueError(f"out is {out}, which exists; remove it or give another folder")
@@ -106,7 +109,8 @@ def export(
     try:
         if isinstance(stock, str):
             print(f"a module file is written, as stock modules would not do: {stock}")
-            write_portable(made, encoder, processor, shown(provenance), prompts, truncate_dim)
+            told = {**shown(provenance), "exported_from": provenance["sha256"]}
+            write_portable(made, encoder, processor, told, prompts, truncate_dim)
         else:
             write_stock(made, stock, encoder, prompts, truncate_dim)
         check = compare(made, encoder, processor, needs_code=reason is not None)
@@ -115,7 +119,7 @@ def export(
             from lightning_modules.export_onnx import export_onnx
 
             extra["onnx"] = export_onnx(encoder, processor, made / "onnx")
-        card = Card(folder.name, encoder, processor, checkpoint, provenance, prompts, truncate_dim, reason, check, extra)
+        card = Card(folder.name, encoder, processor, provenance, prompts, truncate_dim, reason, check, extra)
         (made / "README.md").write_text(model_card(card, license, languages, results), encoding="utf-8")
         if wrong := refusals(made):
             raise ValueError(f"the export holds what must not be published: {wrong[0]}")
@@ -179,19 +183,7 @@ def compare(folder: Path, encoder: Embedder, processor: Processor, *, needs_code
 
 def probes_of(encoder: Embedder, processor: Processor) -> list[Probe]:
     """Texts of many lengths, and of every kind of media that the encoder takes one alone and one among words."""
-    longest = processor.config.max_text_tokens
-    special = " ".join(map(str, processor.tokenizer.all_special_tokens[:4]))
-    texts = [
-        "a",
-        "the cat sat on the mat",
-        "  Two  spaces,\ta tab\nand a line \n",
-        "Ünïcödé ｆｕｌｌ 日本語 🙂 e\u0301 \u200b x",
-        "def f(x):\n    return x**2",
-    ]
-    texts += [special, f"between {special} words", "word " * (longest // 2 if longest <= MOST_TOKENS else MOST_TOKENS // 2)]
-    texts += [" ".join(map(str, range(longest + 9)))] if longest <= MOST_TOKENS else []
-    texts += [""] if processor.first_ids or processor.last_ids else []
-    found = [Probe(f"the text {text[:30]!r}", Item((_part("text", text),)), text) for text in texts]
+    found = [Probe(f"the text {text[:30]!r}", Item((_part("text", text),)), text) for text in texts_of(processor)]
     random = np.random.default_rng(0)
     ramp = np.linspace(0, 200, 96 * 80 * 3).reshape(96, 80, 3)
     pictures = [(ramp + random.integers(0, 55, ramp.shape)).astype(np.uint8), random.integers(0, 255, (40, 64, 3), np.uint8)]

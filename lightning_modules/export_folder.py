@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from datamodules.processors.composed import ComposedProcessor
 from datamodules.processors.native import DualProcessor
@@ -29,12 +29,15 @@ from lightning_modules.encoder.composed import ComposedBackbone
 from lightning_modules.encoder.embedder import Embedder
 from lightning_modules.encoder.native import media_of
 from lightning_modules.encoder.sentence_transformers import POOLINGS
+from lightning_modules.model_card import place
 
 MODULE = "polyphony"  # the module file's name
 HERE = Path(__file__).parent / "encoder"
 NAMES = {ours: theirs for theirs, ours in POOLINGS.items()}
 TOLERANCE = 1e-4  # of a token's state, both of unit length, in fp32; as in encoder/sentence_transformers.py
-WORDS = ("cat", "the cat sat on 12 mats", "", "Ünïcödé 日本語 🙂", "x " * 30)
+MOST_TOKENS = 2048  # of a text that is compared: our choice
+TEXTS = ("a", "the cat sat on 12 mats", "  Two  spaces,\ta tab\nand a line \n", "Ünïcödé ｆｕｌｌ 日本語 🙂 e\u0301 \u200b x")
+TEXTS += ("def f(x):\n    return x**2 + 1234567.89", "https://example.org/?a=b&c=d#e")
 
 
 class Stock(NamedTuple):
@@ -48,21 +51,37 @@ def stock_of(encoder: Embedder, processor: Processor) -> Stock | str:
     """The parts of a stock folder, or why stock modules would give other vectors."""
     backbone = encoder.backbone
     if not isinstance(backbone, ComposedBackbone) or not isinstance(processor, ComposedProcessor):
-        return f"a {type(backbone).__name__} takes media by its own processor"
+        return "the model takes media by its own processor"
     if kinds := media_of(backbone, processor):
         return f"it takes {', '.join(kinds)} through towers"
     if encoder.config.pooling not in NAMES:
         return f"there is no stock pooling by {encoder.config.pooling}"
-    text, tokenizer = _text_of(backbone), _tokenizer_of(processor)
-    special = tuple(tokenizer.all_special_tokens[:2])
-    for words in (*WORDS, *special):
-        expected, found = _ids(processor, words), tokenizer(words)["input_ids"]
+    text, tokenizer, texts = _text_of(backbone), _tokenizer_of(processor), texts_of(processor)
+    with tempfile.TemporaryDirectory() as beside:  # transformers makes another tokenizer of the same file for some families
+        text.config.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        read: Any = AutoTokenizer.from_pretrained(beside, trust_remote_code=False)
+    for words in texts:
+        expected, found = _ids(processor, words), read(words, truncation=True)["input_ids"]
         if expected != found:
-            return f"its tokenizer as transformers reads it makes {found} of {words!r}, not {expected}"
-    off = _difference(encoder, processor, text, tokenizer)
+            return f"its tokenizer as transformers reads it makes {_few(found)} of {words[:30]!r}, not {_few(expected)}"
+    off = _difference(encoder, processor, text, read, texts)
     if not off < TOLERANCE:
         return f"{type(text).__name__} as transformers reads it has other token states, by {off:.1e}"
     return Stock(text, tokenizer)
+
+
+def texts_of(processor: Processor) -> list[str]:
+    """Texts of many lengths, to the limit and beyond, with special tokens spelled in them."""
+    longest = processor.config.max_text_tokens
+    special = " ".join(map(str, processor.tokenizer.all_special_tokens[:4]))
+    texts = [*TEXTS, special, f"between {special} words", "word " * (min(longest, MOST_TOKENS) // 2)]
+    texts += [" ".join(map(str, range(longest + 9)))] if longest <= MOST_TOKENS else []
+    return texts + ([""] if processor.first_ids or processor.last_ids else [])
+
+
+def _few(ids: list[int]) -> str:
+    return f"[{', '.join(map(str, ids[:9]))}{', ..' if len(ids) > 9 else ''}]"
 
 
 def _text_of(backbone: ComposedBackbone) -> Any:
@@ -109,20 +128,20 @@ def _tokenizer_of(processor: Processor) -> PreTrainedTokenizerFast:
 
 
 @torch.no_grad()
-def _difference(encoder: Embedder, processor: Processor, text: Any, tokenizer: PreTrainedTokenizerFast) -> float:
-    """By how much token states differ, alone and padded; some words reach beyond every window."""
+def _difference(encoder: Embedder, processor: Processor, text: Any, tokenizer: Any, texts: list[str]) -> float:
+    """By how much token states differ, of texts alone and padded; one reaches beyond every window."""
     window = max(getattr(text.config, name, None) or 0 for name in ("sliding_window", "local_attention"))
-    words = [*WORDS, " ".join(map(str, range(min(processor.config.max_text_tokens, 32 + 2 * window))))]
-    words = [one for one in words if _ids(processor, one)]
-    inputs = processor([_item(one) for one in words])
+    texts = [*texts, " ".join(map(str, range(min(processor.config.max_text_tokens, 32 + 2 * window))))]
+    inputs = processor([_item(one) for one in texts])
     ours = encoder.backbone(inputs, packed=encoder.packed).split(inputs.lengths.tolist())
-    batch = tokenizer(words, padding=True, truncation=True, return_tensors="pt")
-    padded = text(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     off = 0.0
-    for row, ids, expected in zip(padded, batch["input_ids"], ours, strict=True):
-        alone = text(input_ids=ids[None, : len(expected)]).last_hidden_state[0]
-        for states in (row[: len(expected)], alone):
-            off = max(off, (F.normalize(states, dim=-1) - F.normalize(expected, dim=-1)).abs().max().item())
+    for start in range(0, len(texts), 4):
+        batch = tokenizer(texts[start : start + 4], padding=True, truncation=True, return_tensors="pt")
+        padded = text(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        for row, ids, expected in zip(padded, batch["input_ids"], ours[start : start + 4], strict=True):
+            alone = text(input_ids=ids[None, : len(expected)]).last_hidden_state[0]
+            for states in (row[: len(expected)], alone):
+                off = max(off, (F.normalize(states, dim=-1) - F.normalize(expected, dim=-1)).abs().max().item())
     return off
 
 
@@ -131,10 +150,7 @@ def _item(words: str) -> Item:
 
 
 def _ids(processor: Processor, words: str) -> list[int]:
-    try:
-        return processor([_item(words)]).token_ids.tolist()
-    except ValueError:  # no token at all, which is refused
-        return []
+    return processor([_item(words)]).token_ids.tolist()
 
 
 def write_stock(folder: Path, stock: Stock, encoder: Embedder, prompts: Mapping[str, str], truncate_dim: int | None) -> None:
@@ -143,10 +159,10 @@ def write_stock(folder: Path, stock: Stock, encoder: Embedder, prompts: Mapping[
     from sentence_transformers.base.modules import Dense, Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-        stock.text.save_pretrained(place)
-        stock.tokenizer.save_pretrained(place)
-        modules: list[nn.Module] = [Transformer(place, max_seq_length=stock.tokenizer.model_max_length)]
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        stock.text.save_pretrained(beside)
+        stock.tokenizer.save_pretrained(beside)
+        modules: list[nn.Module] = [Transformer(beside, max_seq_length=stock.tokenizer.model_max_length)]
         name: Any = NAMES[encoder.config.pooling]
         modules.append(Pooling(encoder.backbone.width, name))
         for layer in encoder.projection if isinstance(encoder.projection, nn.Sequential) else ():
@@ -172,6 +188,7 @@ def write_portable(
     name = "composed" if composed else "native"
     kind = "Composed" if composed else "Dual" if isinstance(processor, DualProcessor) else "Native"
     save_encoder(folder, encoder, processor, provenance=provenance)
+    _forget_places(folder)
     (folder / f"{MODULE}.py").write_text(module_file(name), encoding="utf-8")
     (folder / "1_Normalize").mkdir()
     (folder / "1_Normalize" / "config.json").write_text("{}")
@@ -198,6 +215,20 @@ def module_file(name: str) -> str:
     return (HERE / "portable.py").read_text(encoding="utf-8") + "\n\n" + "".join(lines).strip() + "\n"
 
 
+def _forget_places(folder: Path) -> None:
+    """Take out where on this machine a model, a processor or a tokenizer once lay."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: without(one) for name, one in value.items() if name != "_name_or_path"}
+        return value
+
+    for name in ("encoder.json", "processor.json"):
+        told = without(json.loads((folder / name).read_text()))
+        told |= {key: place(told[key]) for key in ("native", "tokenizer") if isinstance(told.get(key), str)}
+        (folder / name).write_text(json.dumps(told, indent=1))
+
+
 def _describe(folder: Path, prompts: Mapping[str, str], truncate_dim: int | None, needs: set[str]) -> None:
     """config_sentence_transformers.json; what is needed is at least of the version that the folder was checked with."""
     file = folder / "config_sentence_transformers.json"
@@ -217,6 +248,6 @@ def _describe(folder: Path, prompts: Mapping[str, str], truncate_dim: int | None
 
 
 def as_float32(encoder: Embedder) -> Embedder:
-    """The encoder in fp32, also in what it says of itself."""
-    encoder.backbone.config = dataclasses.replace(encoder.backbone.config, dtype="float32")
+    """The encoder in fp32 and with the attention that transformers chooses, also in what it says of itself."""
+    encoder.backbone.config = dataclasses.replace(encoder.backbone.config, dtype="float32", attention=None)
     return encoder.float().cpu().eval()

@@ -1,5 +1,6 @@
 """The model card of an exported encoder: how to use it, and of what made it all that its provenance says, and no more."""
 
+import importlib.metadata
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +35,6 @@ class Card(NamedTuple):
         name: Of the folder.
         encoder: What was exported.
         processor: Its own.
-        checkpoint: The folder it came from.
         provenance: What made it.
         prompts: Name to what stands before a text.
         truncate_dim: Width that vectors are cut to unless told otherwise.
@@ -46,7 +46,6 @@ class Card(NamedTuple):
     name: str
     encoder: Embedder
     processor: Processor
-    checkpoint: str
     provenance: Mapping[str, Any]
     prompts: Mapping[str, str]
     truncate_dim: int | None
@@ -126,8 +125,11 @@ def lineage(provenance: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
 
 
 def _stage(provenance: Mapping[str, Any]) -> str:
-    told = str(provenance.get("stage") or "of a stage that is not recorded")
-    return f"{told}, {provenance['steps']:,} steps" if isinstance(provenance.get("steps"), int) else told
+    """Stage, steps and tasks in one line, as far as they are recorded."""
+    told = [str(provenance.get("stage") or "a stage that is not recorded")]
+    told += [f"{provenance['steps']:,} steps"] if isinstance(provenance.get("steps"), int) else []
+    told += [f"on {', '.join(provenance['tasks'])}"] if provenance.get("tasks") else []
+    return ", ".join(told)
 
 
 def _what(card: Card) -> str:
@@ -167,11 +169,8 @@ def _use(card: Card) -> str:
         rows += [f'    ["the same as one input:", {one}, "and words behind it"],']
         text += f"\n\n```python\n{imports}inputs = [\n" + "\n".join(rows) + "\n]\nvectors = model.encode(inputs)\n```"
     if card.prompts:
-        rows = [f"| `{name}` | `{prompt}` |" for name, prompt in card.prompts.items()]
-        text += (
-            "\n\nWhat stands before a text, by `prompt_name`; media carry none:\n\n| name | prompt |\n|---|---|\n"
-            + "\n".join(rows)
-        )
+        rows = [f"- `{name}`: `{prompt}`" for name, prompt in card.prompts.items()]
+        text += "\n\nWhat stands before a text, by `prompt_name`; media carry none:\n\n" + "\n".join(rows)
     else:
         text += "\n\nIt has no prompts."
     return text
@@ -179,15 +178,19 @@ def _use(card: Card) -> str:
 
 def _made(card: Card) -> str:
     provenance, rows = card.provenance, []
-    rows += [f"Stage: {_stage(provenance)}."]
+    rows.append(f"Stage: {provenance.get('stage') or 'not recorded'}.")
+    if isinstance(provenance.get("steps"), int):
+        rows.append(f"Steps: {provenance['steps']:,}.")
     if isinstance(provenance.get("parameters"), int):
-        rows.append(f"Trainable parameters: {provenance['parameters']:,}.")
+        rows.append(f"Trained parameters: {provenance['parameters']:,}.")
     if "seed" in provenance:
         rows.append(f"Seed: {provenance['seed']}.")
     if "method" in provenance:
-        rows.append(f"Average of the parents below: {provenance['method']}.")
-    tasks = provenance.get("tasks")
-    rows.append(f"Data: the tasks {', '.join(tasks)}." if tasks else "Data: not recorded in its own provenance.")
+        rows.append(f"Average of its parents: {provenance['method']}.")
+    if tasks := provenance.get("tasks"):
+        rows.append(f"Data: the tasks {', '.join(tasks)}.")
+    else:
+        rows.append("Data: its own record names none" + ("; see its parents." if provenance.get("parents") else "."))
     if more := {name: value for name, value in shown(provenance).items() if name not in TOLD}:
         rows.append(f"Further: `{json.dumps(more, ensure_ascii=False)}`.")
     return "\n".join(f"- {row}" for row in rows)
@@ -212,7 +215,11 @@ def _limits(card: Card, license: str | None) -> Iterator[str]:
     yield f"Texts are cut after {config.max_text_tokens} tokens." + (
         " Polyphony itself refuses longer ones." if config.too_long == "refuse" and not card.reason else ""
     )
-    yield "A text that spells a special token (such as an end of sequence) is text, as in Polyphony."
+    yield "A text that spells a special token (such as an end of sequence) is text." + (
+        ""
+        if card.reason
+        else " Programs that read `tokenizer.json` alone, without `tokenizer_config.json`, take it for the token."
+    )
     yield (
         f"The folder was loaded and compared with the encoder on {check.num_probes} probes at every prefix: least cosine "
         f"{check.cosine:.7f}, largest difference of a coordinate {check.difference:.1e}."
@@ -235,5 +242,7 @@ def _limits(card: Card, license: str | None) -> Iterator[str]:
         )
     for name, told in card.extra.items():
         yield f"`{name}/`: `{json.dumps(told, ensure_ascii=False, default=str)}`"
+    versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("sentence-transformers", "transformers"))
+    yield f"Written and checked with {versions}; older ones may not read it."
     if license is None:
         yield "No licence was given for it."

@@ -71,7 +71,7 @@ def picture(value: Any) -> np.ndarray:
         if value.mode in ("RGBA", "LA", "PA") or "transparency" in value.info:
             rgba = value.convert("RGBA")
             value = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        value = value.convert("RGB")
+        value = np.array(value.convert("RGB"))
     pixels = np.asarray(value)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"a picture is {pixels.dtype} {pixels.shape}; give a PIL image, or uint8 (height, width, 3)")
@@ -184,7 +184,7 @@ class Portable(InputModule):
 
     @property
     def modalities(self) -> list[Any]:
-        """With `message` every combination arrives as it is. Pages are taken too; sentence-transformers has no name for them."""
+        """With `message` every combination arrives as it is; pages are taken too, for which there is no name."""
         kinds = [kind for kind in ("image", "audio", "video") if kind in self.backbone.kinds]
         return ["text", *kinds, "message"] if kinds else ["text"]
 
