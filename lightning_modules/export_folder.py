@@ -77,7 +77,10 @@ def texts_of(processor: Processor) -> list[str]:
     special = " ".join(map(str, processor.tokenizer.all_special_tokens[:4]))
     texts = [*TEXTS, special, f"between {special} words", "word " * (min(longest, MOST_TOKENS) // 2)]
     texts += [" ".join(map(str, range(longest + 9)))] if longest <= MOST_TOKENS else []
-    return texts + ([""] if processor.first_ids or processor.last_ids else [])
+    texts += [""] if processor.first_ids or processor.last_ids else []
+    if processor.config.too_long == "truncate":
+        return texts
+    return [text for text, ids in zip(texts, processor.tokens(texts), strict=True) if len(ids) <= longest]
 
 
 def _few(ids: list[int]) -> str:

@@ -169,7 +169,7 @@ def test_a_text_model_that_transformers_would_read_otherwise_takes_the_module_fi
 def test_a_tokenizer_that_transformers_makes_anew_for_its_family_takes_the_module_file(tmp_path, short, capsys):
     text = {"model_type": "qwen2", **GROUPED}  # whose tokenizer cuts numbers into digits, whatever tokenizer.json says
     encoder = random_encoder(EncoderConfig(BackboneConfig(text=text), embedding_dim=16, prefixes=(16,)))
-    trained = train_tokenizer(["0123456789 " * 9, *TRAINED_ON], 330)
+    trained = train_tokenizer(["0123456789 " * 9, *TRAINED_ON], 320)
     processor = ComposedProcessor(short.config, trained)
     folder = exported(tmp_path, encoder, processor)
     assert "its tokenizer as transformers reads it makes [" in capsys.readouterr().out
@@ -318,8 +318,10 @@ def test_a_kind_without_a_tower_and_a_text_too_long_are_refused_as_ours_are(tmp_
     encoder = random_encoder(dataclasses.replace(tiny_config, backbone=backbone))
     strict = ComposedProcessor(dataclasses.replace(short.config, too_long="refuse"), short.tokenizer)
     model = loaded(exported(tmp_path, encoder, strict))
-    with pytest.raises(ValueError, match="this encoder takes no video; it takes text, image"):
-        model.encode([{"page": Image.new("RGB", (4, 4))}, np.zeros((2, 4, 4, 3), np.uint8)][1:])
+    with pytest.raises(ValueError, match="Modality 'video' is not supported"):
+        model.encode([np.zeros((2, 4, 4, 3), np.uint8)])
+    with pytest.raises(ValueError, match="this encoder takes no page; it takes text, image"):
+        model.encode([{"page": Image.new("RGB", (4, 4))}])
     with pytest.raises(ValueError, match="more than 40 text tokens"):
         model.encode(["word " * 60])
 
@@ -364,7 +366,7 @@ USED = """
 import importlib.abc, sys
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name.split(".")[0] in ("lightning_modules", "datamodules", "kernels"):
+        if name.split(".")[0] in ("lightning_modules", "datamodules"):
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
 sys.path = [place for place in sys.path if place != ROOT]
@@ -515,6 +517,10 @@ def test_the_card_tells_what_provenance_says_and_no_more(tmp_path, short):
 
 
 @pytest.mark.filterwarnings("ignore:.*beta:UserWarning:mteb", "ignore:.*superseded:UserWarning:mteb")
+@pytest.mark.filterwarnings("ignore:The fill_missing parameter:DeprecationWarning")  # mteb's own calls
+@pytest.mark.filterwarnings("ignore:Task name .* is not valid:UserWarning")
+@pytest.mark.filterwarnings("ignore:Some prompts are not in the expected:UserWarning")  # names that no task of mteb has
+@pytest.mark.filterwarnings("ignore:The `get_sentence_embedding_dimension` method:FutureWarning")
 def test_mteb_takes_the_exported_model_as_it_is(tmp_path, tiny_encoder, short):
     mteb = pytest.importorskip("mteb")
     from datasets import DatasetDict
@@ -536,5 +542,5 @@ def test_mteb_takes_the_exported_model_as_it_is(tmp_path, tiny_encoder, short):
         ours(tiny_encoder, short, [with_prompt(item, template) for item in of_texts(list(side))])
         for side in zip(*pairs, strict=True)
     )
-    expected = spearmanr((first * second).sum(1).numpy(), range(4)).statistic
+    expected, _ = spearmanr((first * second).sum(1).numpy(), range(4))
     assert result.task_results[0].get_score() == pytest.approx(expected, abs=1e-6)
