@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from transformers.utils import logging as transformers_logging
 
 from datamodules.media.audio import SAMPLE_RATE
 from datamodules.media.video import Film
@@ -92,6 +93,7 @@ def export(
     folder = Path(out)
     if folder.exists():
         raise ValueError(f"out is {out}, which exists; remove it or give another folder")
+    transformers_logging.disable_progress_bar()  # a bar for every file that is read and written
     encoder, processor = load_encoder(checkpoint)
     config, provenance = encoder.config, read_provenance(checkpoint)
     if truncate_dim is not None and truncate_dim not in config.prefixes:

@@ -95,7 +95,7 @@ def _text_of(backbone: ComposedBackbone) -> Any:
     for name, weight in plain.state_dict().items():
         if name.startswith("pooler."):  # BERT's, which nothing reads; without it transformers would warn and draw one
             weights[name] = torch.zeros_like(weight)
-    plain.load_state_dict(weights)
+    plain.load_state_dict(weights, assign=True)  # shared: a model may be large
     return plain.eval()
 
 

@@ -178,7 +178,9 @@ def _use(card: Card) -> str:
 
 def _made(card: Card) -> str:
     provenance, rows = card.provenance, []
-    rows.append(f"Stage: {provenance.get('stage') or 'not recorded'}.")
+    stage = provenance.get("stage") or "not recorded"
+    came = "none here: it came as a folder of sentence-transformers, which does not say what trained it"
+    rows.append(f"Stage: {came if stage == 'sentence-transformers' else stage}.")
     if isinstance(provenance.get("steps"), int):
         rows.append(f"Steps: {provenance['steps']:,}.")
     if isinstance(provenance.get("parameters"), int):

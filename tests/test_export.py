@@ -24,7 +24,10 @@ from samples import TINY_TEXT, picture_bytes, sound_bytes
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from transformers import dynamic_module_utils
+from test_sentence_transformers import folder_of
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, dynamic_module_utils
 
 from datamodules.collate import with_prompt
 from datamodules.decode import decode_item
@@ -164,6 +167,35 @@ def test_a_text_model_that_transformers_would_read_otherwise_takes_the_module_fi
     folder = exported(tmp_path, encoder, short)
     assert "Qwen3Model as transformers reads it has other token states" in capsys.readouterr().out
     require_equal(loaded(folder).encode(TEXTS), ours(encoder, short, of_texts(TEXTS)))
+
+
+@pytest.mark.parametrize("family", ["roberta", "mpnet", "distilbert"])
+def test_a_folder_of_sentence_transformers_keeps_its_prompts_and_vectors(family, tmp_path):
+    folder = folder_of(tmp_path, Pooling(32, "mean"), family=family)
+    told = json.loads((folder / "config_sentence_transformers.json").read_text())
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({**told, "prompts": {"query": "q: "}}))
+    export(str(folder), str(tmp_path / "exported"))
+    theirs = loaded(folder).encode_query(TEXTS[:-1], normalize_embeddings=True)
+    require_equal(loaded(tmp_path / "exported").encode_query(TEXTS[:-1]), torch.from_numpy(theirs))
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_begin_end_and_a_missing_padding_token_are_ours(begins, tmp_path, short):
+    backend = Tokenizer.from_str(short.tokenizer.backend_tokenizer.to_str())
+    names = {"bos_token": "<pad>"} if begins else {}
+    if begins:  # adds its begin but no end, as Llama's do
+        template = {"single": "<pad> $A", "pair": "<pad> $A $B", "special_tokens": [("<pad>", 0)]}
+        backend.post_processor = TemplateProcessing(**template)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", extra_special_tokens=["the", "cat"], **names
+    )
+    processor = ComposedProcessor(short.config, tokenizer)
+    encoder = random_encoder(text_config("llama"))
+    model = loaded(exported(tmp_path, encoder, processor))
+    assert [type(module) for module in model] == [Transformer, Pooling, Dense, Normalize]
+    ids = model.preprocess(["a b"])["input_ids"][0].tolist()
+    assert (ids[0] == 0, ids[-1]) == (begins, 1)
+    require_equal(model.encode([*TEXTS, "the cat"], batch_size=3), ours(encoder, processor, of_texts([*TEXTS, "the cat"])))
 
 
 def test_a_tokenizer_that_transformers_makes_anew_for_its_family_takes_the_module_file(tmp_path, short, capsys):
