@@ -138,6 +138,8 @@ def test_every_text_family_becomes_stock_modules_without_a_causal_mask(family, t
     folder = exported(tmp_path, encoder, short)
     model = loaded(folder)
     assert [type(module) for module in model] == [Transformer, Pooling, Dense, Dense, Normalize]
+    told = json.loads((folder / "config_sentence_transformers.json").read_text())
+    assert ("transformers" in told["requirements"]) == ("bert" not in family)  # an older one may lay a causal mask over it
     texts = ["the cat sat on a", "the cat sat on b"]
     one, other = model.encode(texts, output_value="token_embeddings")
     assert (one[0] - other[0]).abs().max() > 1e-5
