@@ -243,7 +243,9 @@ def _limits(card: Card, license: str | None) -> Iterator[str]:
             f"{config.decode.max_frame_pixels:,} pixels are made smaller by Pillow here, by FFmpeg in Polyphony."
         )
     for name, told in card.extra.items():
-        yield f"`{name}/`: `{json.dumps(told, ensure_ascii=False, default=str)}`"
+        graphs = told.get("graphs", {}).values()
+        off = ", ".join(f"`{graph['file']}` (off by at most {graph['error']:.1e})" for graph in graphs)
+        yield f"`{name}/` holds the same encoder as {off or 'graphs'}; see the README there."
     versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("sentence-transformers", "transformers"))
     yield f"Written and checked with {versions}; older ones may not read it."
     if license is None:
