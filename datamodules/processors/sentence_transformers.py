@@ -35,7 +35,8 @@ class Module(NamedTuple):
 
 
 def is_sentence_transformers(folder: Path) -> bool:
-    return (folder / MODULES).is_file()
+    """Whether a folder is theirs alone: what conf=export writes with a module file is an encoder's folder of ours as well."""
+    return (folder / MODULES).is_file() and not (folder / "encoder.json").is_file()
 
 
 def modules_of(folder: Path) -> list[Module]:
