@@ -34,7 +34,7 @@ def packed_arguments(text: Any, states_TH: Tensor, lengths: Tensor) -> dict[str,
         lengths: Tokens of each (N,), on the CPU.
     """
     starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    positions = torch.arange(len(starts)) - starts + _first_position(text)
+    positions = torch.arange(len(starts)) - starts + first_position(text)
     return {
         "inputs_embeds": states_TH[None],
         "position_ids": positions[None].to(states_TH.device),
@@ -43,7 +43,7 @@ def packed_arguments(text: Any, states_TH: Tensor, lengths: Tensor) -> dict[str,
     }
 
 
-def _first_position(text: Any) -> int:
+def first_position(text: Any) -> int:
     """Position of an item's first token: the families after RoBERTa count from behind their padding's."""
     embeddings: Any = getattr(text, "embeddings", None)
     return embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_inputs_embeds") else 0
