@@ -26,7 +26,7 @@ def require_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"an export to ONNX needs onnx, onnxscript and onnxruntime ({error}): pip install -e '.[onnx]'"
+            f"an export to ONNX needs onnx, onnxscript and onnxruntime ({error}): pip install -e '.[export]'"
         ) from error
 
 
