@@ -132,7 +132,7 @@ def export_onnx(
         replace_folder(folder, beside)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    _show(about, folder)
+    _show(about)
     return about
 
 
@@ -164,7 +164,7 @@ def _plan(encoder: Embedder, processor: Processor, kind: str, texts: Sequence[st
     return Graph(of_kind(encoder, processor, kind), example, {"views": axes}), medium_feeds(encoder, processor, kind), []
 
 
-def _show(about: dict[str, Any], folder: Path) -> None:
+def _show(about: dict[str, Any]) -> None:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("graph", "MB", "largest error", "int8 MB", "cosine, mean", "least"):
         table.add_column(name, justify="left" if name == "graph" else "right", no_wrap=True)
@@ -181,4 +181,3 @@ def _show(about: dict[str, Any], folder: Path) -> None:
             console.print(f"no int8 graph of {kind}: {left_out}", soft_wrap=True)
     for kind, reason in about["left_out"].items():
         console.print(f"no graph of {kind}: {reason}", soft_wrap=True)
-    console.print(f"graphs of {', '.join(about['graphs'])} in {folder}", soft_wrap=True)
