@@ -304,7 +304,7 @@ def test_what_killed_tasks_left_goes_when_it_is_old(checkpoint, folder, tmp_path
     for name, age in (("old", 7200), ("young", 0)):
         for left in (tmp_path / "out" / f".{name}.1.partial", tmp_path / "out" / "blocks" / f".{name}.1.partial"):
             left.touch()
-            os.utime(left, (time.time() - age,) * 2)
+            os.utime(left, (time.time() - age, time.time() - age))
     made(checkpoint, folder, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").rglob("*.partial")} == {".young.1.partial"}
 
@@ -365,7 +365,7 @@ def test_what_an_encoder_does_not_take_is_set_aside_one_by_one(checkpoint, folde
             return vectors
 
     monkeypatch.setattr(stage, "load_embedder", lambda *given: Deaf(load_embedder(*given)))
-    found = made(checkpoint, folder, tmp_path / "out", batch_size=100)
+    found = made(checkpoint, folder, tmp_path / "out", batch_size=100, block_size=100)
     assert found.ids == [name for name in NAMES if name not in ("a.png", "b/d/e.ogg")]
     wanted = {"a.png": "vector not finite", "b/d/e.ogg": "cannot be embedded", **BAD}
     assert list(quarantined(tmp_path / "out").items()) == list(wanted.items())  # in the order of the source

@@ -60,7 +60,7 @@ def test_what_is_read_is_what_was_stored(items, unit, tmp_path, dtype, layout):
 def test_a_form_takes_its_own_bytes(tmp_path, layout):
     vectors = np.random.default_rng(0).normal(size=(1000, 256)).astype(np.float32)
     texts = [Described(str(n), "text") for n in range(1000)]
-    for dtype, num_bytes in (("float32", 1024), ("float16", 512), ("int8", 256), ("binary", 32)):
+    for dtype, num_bytes in zip(FORMS, (1024, 512, 256, 32), strict=True):
         write_embeddings(tmp_path / dtype, texts, vectors, encoder={}, dtype=dtype, layout=layout)
         file = tmp_path / dtype / files_of(0, layout)["vectors"]
         assert 1000 * num_bytes < file.stat().st_size < 1000 * num_bytes * 1.1 + 20_000  # ids, levels and a dictionary
