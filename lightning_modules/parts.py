@@ -115,7 +115,9 @@ def _write_parquet(path: Path, items: Sequence[Described], stored: np.ndarray) -
     flat = pyarrow.array(np.ascontiguousarray(stored).reshape(-1))
     arrays["vector"] = pyarrow.FixedSizeListArray.from_arrays(flat, stored.shape[1])
     compression = dict.fromkeys(Described._fields, "zstd") | {"vector.list.element": "none"}
-    parquet.write_table(pyarrow.table(arrays), path, compression=compression, use_dictionary=["modality"])
+    # Parquet has no numbers below four bytes: what is a byte goes through a dictionary, whose indices take one
+    in_dictionary = ["modality", *(["vector.list.element"] if stored.dtype.itemsize == 1 else [])]
+    parquet.write_table(pyarrow.table(arrays), path, compression=compression, use_dictionary=in_dictionary)
 
 
 def _parquet() -> Any:

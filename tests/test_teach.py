@@ -1,4 +1,4 @@
-"""Promises of conf=embed: every item has the encoder's own vector, splits are whole and not made twice, a student learns."""
+"""Promises of conf=teach: every item has the encoder's own vector, splits are whole and not made twice, a student learns."""
 
 import csv
 import json
@@ -18,10 +18,10 @@ from datamodules.recipes.tars import index
 from datamodules.sample import Example, text_item
 from datamodules.shards import Split, write_split
 from datamodules.tasks import Mixture, TaskSpec
-from lightning_modules import embed as stage
-from lightning_modules.embed import embed
+from lightning_modules import teach as stage
 from lightning_modules.encoder.checkpoint import read_provenance, save_encoder
 from lightning_modules.encoder.embedder import ComputeConfig, cut
+from lightning_modules.teach import teach
 
 TARGET = "title: {title} | {text}"
 PROMPTED = TaskSpec("mixed", query_prompt="q: {text}", target_prompt=TARGET)
@@ -55,7 +55,7 @@ def test_every_item_gets_the_teachers_unit_vector_under_its_tasks_prompt(
     teacher, mixed, tiny_encoder, processor, tmp_path, num_workers, batch_size
 ):
     more = {"batch_size": batch_size, "num_workers": num_workers, "compute": ComputeConfig(max_tokens=60), "device": "cpu"}
-    embed(teacher, str(mixed), MIXED, str(tmp_path / "out"), dtype="float32", **more)
+    teach(teacher, str(mixed), MIXED, str(tmp_path / "out"), dtype="float32", **more)
     before, after = Split(mixed / "mixed"), Split(tmp_path / "out" / "mixed")
     assert after.keys == before.keys
     for position in range(len(before)):
@@ -69,7 +69,7 @@ def test_every_item_gets_the_teachers_unit_vector_under_its_tasks_prompt(
 
 def test_vectors_are_stored_in_half_and_without_prompts_on_request(teacher, mixed, tmp_path):
     for name, more in (("half", {}), ("bare", {"dtype": "float32", "prompts": False})):
-        embed(teacher, str(mixed), MIXED, str(tmp_path / name), num_workers=0, device="cpu", **more)
+        teach(teacher, str(mixed), MIXED, str(tmp_path / name), num_workers=0, device="cpu", **more)
     half, bare = (Split(tmp_path / name / "mixed").read(8) for name in ("half", "bare"))
     assert half.query is not None
     assert bare.query is not None
@@ -90,7 +90,7 @@ def test_what_is_written_is_not_written_again_until_something_changes(teacher, m
 
     def again(**more) -> list[str]:
         written.clear()
-        embed(teacher, str(mixed), both, out, num_workers=0, device="cpu", **more)
+        teach(teacher, str(mixed), both, out, num_workers=0, device="cpu", **more)
         return list(written)
 
     assert again() == ["mixed", "other"]
@@ -111,11 +111,11 @@ def test_a_stop_leaves_no_half_split(teacher, mixed, tmp_path, monkeypatch):
     def stopped(*arguments):
         raise KeyboardInterrupt
 
-    embed(teacher, str(mixed), MIXED, str(tmp_path / "out"), num_workers=0, device="cpu")
+    teach(teacher, str(mixed), MIXED, str(tmp_path / "out"), num_workers=0, device="cpu")
     former = Split(tmp_path / "out" / "mixed").digest
     monkeypatch.setattr(stage, "_vectors", stopped)
     with pytest.raises(KeyboardInterrupt):
-        embed(teacher, str(mixed), MIXED, str(tmp_path / "out"), num_workers=0, device="cpu", dtype="float32")
+        teach(teacher, str(mixed), MIXED, str(tmp_path / "out"), num_workers=0, device="cpu", dtype="float32")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mixed"]
     assert Split(tmp_path / "out" / "mixed").digest == former
 
@@ -137,9 +137,9 @@ def test_what_cannot_be_embedded_is_refused(teacher, mixed, tmp_path):
         (Mixture({"b": TaskSpec("bad")}), out, "is damaged .*; conf=verify root=.* leaves bad examples out"),
     ):
         with pytest.raises(ValueError, match=message):
-            embed(teacher, str(mixed), mixture, place, num_workers=0, device="cpu")
+            teach(teacher, str(mixed), mixture, place, num_workers=0, device="cpu")
     assert not list((tmp_path / "out").glob("*"))
-    embed(teacher, str(mixed), Mixture({"a": twice.tasks["a"], "b": TaskSpec("mixed")}), out, prompts=False, num_workers=0)
+    teach(teacher, str(mixed), Mixture({"a": twice.tasks["a"], "b": TaskSpec("mixed")}), out, prompts=False, num_workers=0)
 
 
 def test_foreign_keys_are_made_fit(teacher, tmp_path):
@@ -147,13 +147,13 @@ def test_foreign_keys_are_made_fit(teacher, tmp_path):
     tar = foreign(tmp_path / "root" / "far" / "x.tar", *((f"a/{n}.{c}", b"cat") for n in range(3) for c in ("txt", "cls")))
     index(str(tar.parent), query=("txt",), target=("cls",))
     assert Split(tar.parent).keys == ["a/0", "a/1", "a/2"]
-    embed(teacher, str(tmp_path / "root"), Mixture({"f": TaskSpec("far")}), str(tmp_path / "out"), num_workers=0, device="cpu")
+    teach(teacher, str(tmp_path / "root"), Mixture({"f": TaskSpec("far")}), str(tmp_path / "out"), num_workers=0, device="cpu")
     assert Split(tmp_path / "out" / "far").keys == ["a_0", "a_1", "a_2"]
 
 
-def test_a_student_of_another_width_learns_from_what_conf_embed_wrote(teacher, world, tmp_path):
+def test_a_student_of_another_width_learns_from_what_conf_teach_wrote(teacher, world, tmp_path):
     tasks = {f"world/{name}": {"shards": f"world/{name}/train", "batch_size": 4} for name in ("text-image", "text-text")}
-    words = ["conf=embed", f"checkpoint={teacher}", f"root={world}", f"out={tmp_path / 'taught'}", "num_workers=0"]
+    words = ["conf=teach", f"checkpoint={teacher}", f"root={world}", f"out={tmp_path / 'taught'}", "num_workers=0"]
     given = f"data.tasks={json.dumps(tasks)}"
     shown = run(*words, given)
     assert "2 splits with vectors of 16 dimensions below" in shown

@@ -1,4 +1,4 @@
-"""`conf=embed`: a teacher's vectors beside every query, target and hard negative of training splits, for embedding matching.
+"""`conf=teach`: a teacher's vectors beside every query, target and hard negative of training splits, for embedding matching.
 
 Source: EmbeddingGemma (arXiv 2509.20354) matches a larger embedding model's vectors, also those of hard negatives. Each split
 is written anew below another root, as it was but for the vectors, which have unit length; training on that root finds them.
@@ -26,7 +26,7 @@ from lightning_modules.encoder.prepacked import prepack
 Templates = dict[str, str | None]  # column to the template around its text
 
 
-def embed(
+def teach(
     checkpoint: str,
     root: str,
     data: Mixture,
