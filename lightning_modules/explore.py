@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from datamodules.media.audio import AUDIO_FORMATS
-from datamodules.media.image import IMAGE_FORMATS
-from datamodules.media.video import VIDEO_FORMATS
+from datamodules.record import KIND_OF
+from datamodules.sample import MEDIA_KINDS
 from lightning_modules.embeddings import Embeddings
+from lightning_modules.encoder.embedder import Embedder
+from lightning_modules.encoder.embedding import template_of
 from lightning_modules.explore_guard import Guard
-from lightning_modules.explore_page import CSS, EVERY, MAX_TEXT, ONE, Results, asked_html, query_item, trouble
-from lightning_modules.search import QueryEncoder
+from lightning_modules.explore_page import CSS, EVERY, ONE, Results, asked_html, trouble
+from lightning_modules.search import encoder_of, query_item
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SSR_MODE": "False"}
@@ -31,6 +32,7 @@ SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"
 # Our choice.
 KEPT_SECONDS = 3600  # of an upload while the page runs
 MOST = 50  # items of a list
+MAX_TEXT = 20_000  # letters of a query
 EMPTY = '<p class="note">Type a text and press Enter, or drop a file: the nearest items appear here.</p>'
 
 
@@ -66,13 +68,14 @@ def explore(
         raise ValueError(f"k is {k}, max_upload_megabytes {max_upload_megabytes:g}; allowed: 1 to {MOST}, above 0")
     require_gradio()
     console, stored = Console(), Embeddings(embeddings)
-    encoder = QueryEncoder(stored, checkpoint, task=task, device=device)
+    encoder = encoder_of(stored, checkpoint, device)
     with tempfile.TemporaryDirectory(prefix="explore-") as folder:
         uploads, served = Path(folder) / "uploads", Path(folder) / "served"
-        uploads.mkdir(), served.mkdir()
+        uploads.mkdir()
+        served.mkdir()
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         desk = Desk()
-        page = Page(Results(stored, served, encoder.limits), encoder, k)
+        page = Page(encoder, stored, served, task, k)
         demo = page.blocks(desk)
         try:
             _launch(demo, host, port, [str(uploads), str(served)], max_upload_megabytes)
@@ -120,29 +123,37 @@ class Page:
     """The page's controls and what they do.
 
     Args:
-        results: What is searched.
         encoder: Makes the queries' vectors.
+        embeddings: What is searched.
+        served: Folder whose files the server hands out.
+        task: Of the prompt around texts.
         k: Items of a list at first.
     """
 
-    def __init__(self, results: Results, encoder: QueryEncoder, k: int) -> None:
-        self.results, self.encoder, self.k = results, encoder, k
-        width = results.embeddings.width
-        self.prefixes = [prefix for prefix in encoder.encoder.config.prefixes if prefix < width] + [width]
-        self.shown = {f"{kind} ({count:,})": kind for kind, count in results.counts.items()}
+    def __init__(self, encoder: Embedder, embeddings: Embeddings, served: Path, task: str | None, k: int) -> None:
+        assert encoder.processor is not None
+        template_of(task)
+        self.encoder, self.task, self.k = encoder, task, k
+        self.limits = encoder.processor.config.decode
+        self.results = Results(embeddings, served, self.limits)
+        width = embeddings.width
+        self.prefixes = [prefix for prefix in encoder.config.prefixes if prefix < width] + [width]
+        self.shown = {f"{kind} ({count:,})": kind for kind, count in self.results.counts.items()}
         if len(self.shown) > 1:
             self.shown = {EVERY: EVERY, ONE: ONE} | self.shown
 
     def asked(self, text: str | None, file: str | None) -> tuple[list[float] | None, str]:
         """A query's vector and what is said of it: the query itself, or what is wrong with it."""
-        text = text or ""
-        if not text.strip() and file is None:
+        text = (text or "").strip()
+        if not text and file is None:
             return None, EMPTY
         try:
-            item = query_item(text, file, self.encoder.limits)
-            return self.encoder([item])[0].tolist(), asked_html(text, file, self.encoder.limits)
+            if len(text) > MAX_TEXT:
+                raise ValueError(f"the text has {len(text):,} letters; allowed: at most {MAX_TEXT:,}")
+            vector = self.encoder.embed([query_item(text, file)], task=self.task)[0]
+            return vector.tolist(), asked_html(text, file, self.limits)
         except (OSError, ValueError) as error:
-            return None, trouble(str(error))
+            return None, trouble(str(error).removeprefix("item 0: "))
 
     def answered(self, vector: list[float] | None, prefix: int, shown: str, k: int) -> str:
         """The nearest of a query as HTML; nothing where there is none."""
@@ -163,11 +174,11 @@ class Page:
             return framed(state[1], desk.ask(lambda: self.answered(state[0], prefix, shown, k)))
 
         embeddings = self.results.embeddings
-        formats = [f".{name}" for name in (*IMAGE_FORMATS, "pdf", *AUDIO_FORMATS, *VIDEO_FORMATS)]
+        formats = [f".{name}" for name, kind in KIND_OF.items() if kind in MEDIA_KINDS]
         with gr.Blocks(title="Explore", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS), fill_width=True) as demo:
             state = gr.State((None, EMPTY))
             with gr.Row(equal_height=False):
-                with gr.Column(scale=1, min_width=260):
+                with gr.Column(scale=1, min_width=300):
                     gr.Markdown(f"## {len(embeddings):,} items")
                     text = gr.Textbox(label="Text", placeholder="Enter searches", lines=1, max_lines=5, max_length=MAX_TEXT)
                     file = gr.File(label="Picture, sound, clip or PDF", file_types=formats, type="filepath", height=140)

@@ -17,11 +17,10 @@ import numpy as np
 from PIL import Image
 
 from datamodules.decode import decode_part
-from datamodules.media.audio import AUDIO_FORMATS
-from datamodules.media.image import IMAGE_FORMATS
+from datamodules.items import file_part
 from datamodules.media.limits import DecodeLimits
-from datamodules.media.video import VIDEO_FORMATS
-from datamodules.sample import KINDS, Item, Part
+from datamodules.record import KIND_OF
+from datamodules.sample import KINDS, MEDIA_KINDS, Part
 from lightning_modules.embeddings import Embeddings
 from lightning_modules.listing import printable
 from lightning_modules.search import Searcher
@@ -31,7 +30,6 @@ EVERY, ONE = "every modality", "one list"
 # Our choice.
 THUMBNAIL = 360  # pixels of its longer side
 EXCERPT = 400  # letters
-MAX_TEXT = 20_000  # letters of a query
 MAX_SERVED = 512  # copies of sounds and clips that lie in the folder
 MAX_DRAWN = 1024  # thumbnails that are kept
 
@@ -57,6 +55,7 @@ CSS = """
 .hits .bar i { display: block; height: 100%; border-radius: 2px; background: var(--color-accent) }
 .hits img, .hits video { display: block; width: 100%; height: 9rem; object-fit: contain; border-radius: 4px; margin: 0;
   background: var(--background-fill-secondary) }
+.hits video:not(:hover):not(:focus)::-webkit-media-controls-panel { display: none }
 .hits audio { width: 100%; height: 36px }
 .hits .text { margin: 0; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; overflow: hidden;
   display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 6 }
@@ -83,42 +82,6 @@ class Hits:
     modality: str | None
     hits: Sequence[Hit]
     num_items: int
-
-
-def query_item(text: str, file: str | Path | None, limits: DecodeLimits) -> Item:
-    """The decoded item that is asked for: text, a medium, or the text before the medium.
-
-    Raises:
-        ValueError: There is neither, the text is too long, or the medium is of no format that is read or beyond the limits.
-    """
-    if len(text) > MAX_TEXT:
-        raise ValueError(f"the text has {len(text):,} letters; allowed: at most {MAX_TEXT:,}")
-    parts = [Part("text", text.strip())] if text.strip() else []
-    if file is not None:
-        parts.append(part_of(Path(file)))
-    if not parts:
-        raise ValueError("type a text, or drop a picture, a sound, a clip or a PDF")
-    return Item(tuple(decode_part(part, limits) for part in parts))
-
-
-def part_of(file: Path) -> Part:
-    """A medium in a file, not decoded.
-
-    Raises:
-        ValueError: Its extension is of no format that is read.
-        OSError: It cannot be read.
-    """
-    extension = file.suffix.removeprefix(".").lower()
-    return Part(_kind_of(extension), file.read_bytes(), extension)
-
-
-def _kind_of(format: str) -> str:
-    formats = {"page": ("pdf",), "image": IMAGE_FORMATS, "audio": AUDIO_FORMATS, "video": VIDEO_FORMATS}
-    for kind, own in formats.items():
-        if format in own:
-            return kind
-    allowed = ", ".join(name for own in formats.values() for name in own)
-    raise ValueError(f"files of the format {format!r} are not read; allowed: {allowed}")
 
 
 class Results:
@@ -169,7 +132,7 @@ class Results:
         told = f"{len(found.hits)} of {found.num_items:,}"
         if prefix < self.embeddings.width:
             kept = sum(not hit.is_new for hit in found.hits)
-            told += f" · {kept} of these {len(found.hits)} are what all {self.embeddings.width} dimensions find"
+            told += f" · {kept} of these {len(found.hits)} also at {self.embeddings.width} dimensions"
         heading = "nearest" if found.modality is None else found.modality
         cards = "".join(self._card(hit, names_modality=found.modality is None) for hit in found.hits)
         return (
@@ -181,13 +144,13 @@ class Results:
         item = self.embeddings.described(hit.row)
         named = f"<span>{escape(item['modality'])}</span>" if names_modality else ""
         new = '<span class="new" title="not among the nearest at full width">new</span>' if hit.is_new else ""
-        name = printable(str(item["path"] or item["id"]))
+        name, place = printable(str(item["id"])), printable(str(item["path"] or item["id"]))
         return (
             f'<div class="card" data-row="{hit.row}"><p class="tag"><b>{hit.rank}</b>{named}{new}'
             f'<span class="cos">{hit.cosine:.3f}</span></p>'
             f'<div class="bar"><i style="width: {100 * min(1.0, max(0.0, hit.cosine)):.1f}%"></i></div>'
             f"{self._medium(hit.row)}{excerpt(item['text'], item['modality'])}"
-            f'<p class="name" title="{escape(name)}">{escape(name)}</p></div>'
+            f'<p class="name" title="{escape(place)}">{escape(name)}</p></div>'
         )
 
     def _medium(self, row: int) -> str:
@@ -220,7 +183,7 @@ def asked_html(text: str, file: str | Path | None, limits: DecodeLimits) -> str:
     """What is asked for, once more above what it found."""
     shown = ""
     if file is not None:
-        part = part_of(Path(file))
+        part = file_part(Path(file))
         assert isinstance(part.data, bytes)
         shown = picture_html(part.data, part.format, limits) or player_html(part.format, Path(file))
     return f'<div class="asked">{shown}{excerpt(text.strip(), "text")}</div>'
@@ -232,17 +195,24 @@ def picture_html(data: bytes, format: str, limits: DecodeLimits) -> str:
     Raises:
         ValueError: It does not decode, or is of no format that is read.
     """
-    kind = _kind_of(format)
+    kind = kind_of(format)
     if kind not in ("image", "page"):
         return ""
     content = decode_part(Part(kind, data, format), limits).content
     return f'<img src="{_thumbnail(content if kind == "image" else content[0])}" alt="{kind}">'
 
 
+def kind_of(format: str) -> str:
+    """The kind of a medium in a file of some extension."""
+    if KIND_OF.get(format) not in MEDIA_KINDS:
+        raise ValueError(f"files of the format {format!r} are not shown")
+    return KIND_OF[format]
+
+
 def player_html(format: str, file: Path) -> str:
     """A player of a sound or a clip in a file that is served."""
     address = escape(SERVED + quote(str(file)))
-    if _kind_of(format) == "audio":
+    if kind_of(format) == "audio":
         return f'<audio controls preload="metadata" src="{address}"></audio>'
     return f'<video controls loop muted playsinline preload="metadata" src="{address}"></video>'
 

@@ -1,24 +1,34 @@
-"""The nearest of stored embeddings to a query: all compared, or a shortlist by fewer dimensions, by signs or by an index.
+"""`conf=search`: the nearest of stored embeddings to a query: all compared, or a shortlist.
 
-Whatever made the shortlist, its candidates are compared again in the width that is asked for, so that cosines are true ones.
+A shortlist is made by fewer dimensions, by signs or by an index. Whatever made it, its candidates are compared again in the
+width that is asked for, so that cosines are true ones.
 Source of the shortlist by a prefix: Matryoshka representations, arXiv 2205.13147, section 4.3 (adaptive retrieval).
 
 Letters: Q queries, N vectors, D width of a query, k neighbours, C candidates.
 """
 
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
-from datamodules.sample import Item, Part
-from datamodules.tasks import apply_prompt
+from datamodules.files import replace_file
+from datamodules.items import item_of
+from datamodules.sample import Item
+from datamodules.sources import open_source
 from kernels.contrastive import check_prefixes
 from lightning_modules.embeddings import Embeddings
-from lightning_modules.encoder.checkpoint import load_encoder, read_provenance
-from lightning_modules.encoder.embedder import cut, device_named, probe
-from lightning_modules.encoder.prepacked import prepack
+from lightning_modules.encoder.checkpoint import read_provenance
+from lightning_modules.encoder.embedder import Embedder, cut
+from lightning_modules.listing import printable
 from lightning_modules.neighbours import Index, IndexSettings, Kind, Neighbours, built_once, compared, exact, require_faiss
 from lightning_modules.vectors import Chunk
 
@@ -26,6 +36,139 @@ from lightning_modules.vectors import Chunk
 HELD_BYTES = 2**30  # of vectors that stay in memory; a larger store is read anew for each search that compares all
 CHUNK = 8192  # vectors that are compared at a time
 QUERIES_AT_ONCE = 64  # whose candidates are compared again together
+PRINTED = 20  # queries whose finds are shown in the terminal
+EXCERPT = 200  # letters of a text that are shown there
+
+
+def search(
+    embeddings: str,
+    *,
+    checkpoint: str | None = None,
+    text: str | None = None,
+    file: str | None = None,
+    queries: str | None = None,
+    task: str | None = "search result",
+    k: int = 10,
+    prefix: int | None = None,
+    modality: str | None = None,
+    shortlist: int | None = None,
+    index: Kind = "exact",
+    index_settings: IndexSettings = IndexSettings(),  # noqa: B008 (frozen)
+    out: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Print the nearest of stored embeddings to a query, or to many.
+
+    Args:
+        embeddings: Folder that `conf=embed` wrote.
+        checkpoint: The encoder that made them; null for where it lay then.
+        text: A query; with `file` the text before it, as one item.
+        file: A query: a picture, sound, clip, document or text.
+        queries: Many: a folder of files, a JSONL or Parquet file, or a split, whose queries are taken.
+        task: Of the prompt around queries of text alone; null for none.
+        k: Items that are wanted.
+        prefix: Width of the comparison; null for all that is stored.
+        modality: Of the items; null for all.
+        shortlist: Dimensions that candidates are chosen by, to be compared again in full; null for all.
+        index: `exact` compares all; from some 1e6 items on an index is faster, and finds most: `hnsw` (all of it in memory),
+            `ivfsq8` (a byte a number), `ivfpq` (small), `binary` (a bit a number). It is built once, beside the embeddings.
+        index_settings: How an index is built and searched; `oversampling` is for a shortlist too.
+        out: File for what was found, a JSON line a query; null for none.
+        device: `cpu`, `cuda`, or `auto` for the best there is; the queries are embedded there.
+
+    Raises:
+        ValueError: The embeddings are unfinished or another encoder's, there is no query or one cannot be used, or a number,
+            prefix or modality does not fit.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1")
+    console, stored = Console(), Embeddings(embeddings)
+    asked = _asked(text, file, queries)
+    encoder = encoder_of(stored, checkpoint, device)
+    narrow = shortlist if shortlist is not None or index == "exact" else prefix  # an index is over what will be compared
+    with console.status(f"{index} of {len(stored):,} vectors"):
+        searcher = Searcher(stored, index=index, shortlist=narrow, settings=index_settings)
+        vectors = encoder.embed([item for _, item in asked], task=task)
+        found = searcher.search(vectors, k, prefix=prefix, modality=modality)
+    rows = [_told(stored, *pair) for pair in zip(*found, strict=True)]
+    for (name, _), own in list(zip(asked, rows, strict=True))[:PRINTED]:
+        console.print(_table(name, own))
+    if len(asked) > PRINTED:
+        console.print(f"the first {PRINTED} of {len(asked):,} queries are shown")
+    if out is not None:
+        lines = (json.dumps({"id": name, "found": own}, ensure_ascii=False) for (name, _), own in zip(asked, rows, strict=True))
+        replace_file(Path(out), "".join(f"{line}\n" for line in lines))
+        console.print(f"what was found is in {out}", soft_wrap=True)
+
+
+def _asked(text: str | None, file: str | None, queries: str | None) -> list[tuple[str, Item]]:
+    """The queries with their names."""
+    if queries is None:
+        item = query_item(text, file)
+        return [(" ".join(filter(None, (text, file))), item)]
+    if text is not None or file is not None:
+        raise ValueError("give either queries, or text and file, which are one query together")
+    source, found = open_source(queries, "query" if (Path(queries) / "manifest.json").is_file() else None), []
+    for position in range(len(source)):
+        try:
+            name, (item, _) = source.read(position)
+        except ValueError as error:
+            raise ValueError(f"{queries}: {source.name(position)} cannot be used: {error}") from error
+        found.append((name, item))
+    return found
+
+
+def query_item(text: str | None, file: str | Path | None) -> Item:
+    """The item that is asked for: a text, a file, or the text before the file.
+
+    Raises:
+        ValueError: There is neither, or the file is none that is read.
+    """
+    parts: list[Any] = [text] if text and text.strip() else []
+    parts += [] if file is None else [Path(file)]
+    if not parts:
+        raise ValueError("there is nothing to search for; give text=.., file=.. or queries=..")
+    return item_of(parts)
+
+
+def encoder_of(embeddings: Embeddings, checkpoint: str | None, device: str = "auto") -> Embedder:
+    """The encoder that made embeddings, ready to embed queries.
+
+    Args:
+        embeddings: What will be searched.
+        checkpoint: Its folder; None for where it lay when they were made.
+        device: `cpu`, `cuda`, or `auto`.
+
+    Raises:
+        ValueError: No encoder lies there, or another one.
+    """
+    made_by = embeddings.about["encoder"]
+    checkpoint = str(made_by["path"]) if checkpoint is None else checkpoint
+    if (found := read_provenance(checkpoint)["sha256"]) != made_by["sha256"]:
+        raise ValueError(
+            f"the encoder in {checkpoint} (SHA-256 {found[:12]}..) is not the one that made {embeddings.folder} "
+            f"({made_by['path']}, {made_by['sha256'][:12]}..), whose vectors lie elsewhere; give checkpoint=<that one>"
+        )
+    return Embedder.from_checkpoint(checkpoint, device=device)
+
+
+def _told(embeddings: Embeddings, rows_K: np.ndarray, cosine_K: np.ndarray) -> list[dict[str, Any]]:
+    """What was found, best first."""
+    found = zip(rows_K.tolist(), cosine_K.tolist(), strict=True)
+    return [{"rank": n, "cosine": cosine, "row": row, **embeddings.described(row)} for n, (row, cosine) in enumerate(found, 1)]
+
+
+def _table(query: str, rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=Text(printable(query), "bold"), title_justify="left")
+    for column in ("rank", "cosine"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("modality", "id", "text or file"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        text = printable(row["text"] or row["path"] or "")
+        shown = text[:EXCERPT] + "…" * (len(text) > EXCERPT)
+        table.add_row(str(row["rank"]), f"{row['cosine']:.3f}", *map(Text, (row["modality"], printable(row["id"]), shown)))
+    return table
 
 
 class Searcher:
@@ -149,50 +292,3 @@ class Searcher:
                 return None
             self._held[width] = self.embeddings.vectors(None, width)
         return self._held[width]
-
-
-class QueryEncoder:
-    """Makes a query's vector by the encoder that made the stored ones.
-
-    Args:
-        embeddings: What will be searched.
-        checkpoint: The encoder's folder; None for where it lay when they were made.
-        task: Of the prompt around queries of text alone; None for none.
-        device: `cpu`, `cuda`, or `auto`.
-
-    Raises:
-        ValueError: No encoder lies there, or another one.
-    """
-
-    def __init__(
-        self, embeddings: Embeddings, checkpoint: str | None, *, task: str | None = "search result", device: str = "auto"
-    ) -> None:
-        made_by = embeddings.about["encoder"]
-        checkpoint = checkpoint or str(made_by["path"])
-        if (found := read_provenance(checkpoint)["sha256"]) != made_by["sha256"]:
-            raise ValueError(
-                f"{embeddings.folder} was made by another encoder ({made_by['path']}, SHA-256 {made_by['sha256'][:12]}..) than "
-                f"{checkpoint} ({found[:12]}..): their vectors do not lie in one space; give checkpoint=<that one>"
-            )
-        self.encoder, self.processor = load_encoder(checkpoint)
-        probe(self.encoder)
-        self.encoder = self.encoder.to(device_named(device)).eval()
-        prepack(self.encoder)
-        self.prompt = None if task is None else f"task: {task} | query: {{text}}"
-        self.limits = self.processor.config.decode
-
-    @torch.inference_mode()
-    def __call__(self, items: Sequence[Item]) -> Tensor:
-        """Vectors (Q, D) of decoded items.
-
-        Raises:
-            ValueError: The encoder does not take their kind of media.
-        """
-        prompted = [self._prompted(item) for item in items]
-        return self.encoder(self.processor(prompted).to(self.encoder.device)).float().cpu()
-
-    def _prompted(self, item: Item) -> Item:
-        if not item.is_text or self.prompt is None:
-            return item
-        texts = (apply_prompt(self.prompt, str(part.data)) for part in item.parts)
-        return Item(tuple(Part(part.kind, text, "", text) for part, text in zip(item.parts, texts, strict=True)))
