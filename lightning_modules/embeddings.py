@@ -19,10 +19,12 @@ import numpy as np
 from rich.console import Console
 
 from datamodules.files import replace_file
+from datamodules.items import medium_part
 from datamodules.job import ArrayTask, Aside, Job, told
 from datamodules.record import read_json
-from datamodules.sample import MEDIA_KINDS
-from datamodules.shards import Split
+from datamodules.record_files import Source
+from datamodules.sample import MEDIA_KINDS, Item
+from datamodules.sources import open_source
 from kernels.contrastive import check_prefixes
 from lightning_modules.forms import DTYPES, FORMS, Form, decoded, encoded, numbers_of
 from lightning_modules.parts import LAYOUTS, Described, Layout, read_items, read_vectors, write_part
@@ -61,6 +63,7 @@ class Embeddings:
                 if not file.is_file() or file.stat().st_size != described["bytes"]:
                     raise ValueError(f"{file} is missing or of another size than when it was written; embed again")
         self._cached: OrderedDict[tuple[str, int], tuple[Any, int]] = OrderedDict()
+        self._source: Source | None = None
         self._numbers = [block["number"] for block in self.about["blocks"]]
         self._ends: list[int] = np.cumsum([block["num_items"] for block in self.about["blocks"]], dtype=np.int64).tolist()
         self.ids: list[str] = []
@@ -109,15 +112,24 @@ class Embeddings:
         if item["modality"] != "mixed" and item["modality"] not in MEDIA_KINDS:
             return None
         if item["path"] is not None:
-            path = Path(item["path"])
             try:
-                return path.read_bytes(), path.suffix.lower().removeprefix(".")
+                part = medium_part(Path(item["path"]).read_bytes())
             except OSError as error:
-                raise ValueError(f"the medium of {item['id']!r} is no longer at {path} ({error.strerror})") from error
-        source = self.about["source"]
-        example = Split(source["path"]).read(item["position"])
-        whole = getattr(example, source["column"])
-        return next(((part.data, part.format) for part in whole.parts if part.kind in MEDIA_KINDS), None)
+                raise ValueError(f"the medium of {item['id']!r} is no longer at {item['path']} ({error.strerror})") from error
+        else:
+            part = next(part for part in self._item(item["position"]).parts if part.kind in MEDIA_KINDS)
+        assert isinstance(part.data, bytes)
+        return part.data, part.format
+
+    def _item(self, position: int) -> Item:
+        """The item at a position of the source, which must be as it was."""
+        if self._source is None:
+            about = self.about["source"]
+            self._source = open_source(about["path"], about.get("column"))
+            if self._source.described != about:
+                self._source = None
+                raise ValueError(f"{about['path']} has changed since its items were embedded; embed again")
+        return self._source.read(position)[1].item
 
     def _described(self, row: int) -> dict[str, Any]:
         if not 0 <= row < len(self):
@@ -221,8 +233,9 @@ class EmbeddingsJob(Job):
             causes.update(record["cause"] for record in done["aside"])
         if not kinds:
             raise ValueError(f"nothing was embedded of {self.num_records:,} items: {told(causes)}; see {self.out / 'blocks'}")
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for _, done in found for record in done["aside"]]
-        replace_file(self.out / QUARANTINE, "".join(lines))
+        bad = [Aside(**record) for _, done in found for record in done["aside"]]
+        lines = [json.dumps({"id": key, "cause": cause, "message": why}, ensure_ascii=False) for key, cause, why in bad]
+        replace_file(self.out / QUARANTINE, "".join(f"{line}\n" for line in lines))
         blocks = [
             {"number": block, "num_items": done["num_examples"], "files": done["files"]}
             for block, done in found
@@ -230,8 +243,6 @@ class EmbeddingsJob(Job):
         ]
         about = {"format": FORMAT, **self.made_by, "num_items": kinds.total(), "modalities": dict(sorted(kinds.items()))}
         about |= {"quarantined": dict(causes.most_common()), "blocks": blocks}
-        for left in (*self.out.glob(".*.partial"), *self.out.glob("blocks/.*.partial")):
-            left.unlink(missing_ok=True)  # of tasks that were killed; nobody writes any more
         replace_file(self.out / DESCRIBED, json.dumps(about, indent=1, ensure_ascii=False, sort_keys=True))
         return about
 

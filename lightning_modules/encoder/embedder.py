@@ -1,8 +1,9 @@
 """The encoder: backbone, pooling, projection; a prefix of its vector is a vector itself (MRL)."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from datamodules.processors.inputs import Inputs
 from datamodules.processors.passes import PASS_COST, packs_of, passes_of, split_into
+from datamodules.processors.processor import Processor
 from kernels.contrastive import check_prefixes
 from lightning_modules.encoder.backbone import BackboneConfig
 from lightning_modules.encoder.native import build_backbone
@@ -105,6 +107,7 @@ class Embedder(nn.Module):
     def __init__(self, config: EncoderConfig, *, load_pretrained: bool = True) -> None:
         super().__init__()
         self.config = config
+        self.processor: Processor | None = None  # that of `from_checkpoint`
         self.backbone: Any = build_backbone(config.backbone, load_pretrained=load_pretrained)
         self.padding = 0.0  # share of what went through last
         self.use(ComputeConfig())
@@ -123,6 +126,45 @@ class Embedder(nn.Module):
             self.projection = nn.Sequential(
                 nn.Linear(width, hidden, bias=False), nn.Linear(hidden, config.embedding_dim, bias=False)
             )
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, device: str = "auto") -> "Embedder":
+        """The encoder of a folder (ours or of sentence-transformers) with its processor, ready to `embed`.
+
+        Args:
+            path: The folder.
+            device: `cpu`, `cuda`, or `auto` for the best there is.
+        """
+        from lightning_modules.encoder.embedding import load_embedder
+
+        return load_embedder(path, device)
+
+    def embed(
+        self,
+        items: Iterable[Any],
+        prefix: int | None = None,
+        task: str | None = None,
+        *,
+        batch_tokens: int = 16384,
+        batch_size: int = 256,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Unit vectors (N, prefix) float32 of items, in their order.
+
+        Args:
+            items: Texts, paths, bytes, arrays, pictures, lists of them; see `datamodules.items.item_of`.
+            prefix: Width; None for all of it.
+            task: Of texts: `search result`, `classification`, .. or `document`; None for no prompt. See `encoder.embedding`.
+            batch_tokens: Most tokens of a batch, about.
+            batch_size: Most items of a batch.
+            progress: Whether a bar is shown.
+
+        Raises:
+            ValueError: The prefix or task is none of this encoder's, or an item cannot be used: names its number.
+        """
+        from lightning_modules.encoder.embedding import embed_things
+
+        return embed_things(self, items, prefix, task, batch_tokens, batch_size, progress)
 
     @property
     def draws(self) -> bool:
