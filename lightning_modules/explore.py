@@ -7,6 +7,7 @@ there the decoders' limit of time holds, and there a signal ends the page.
 import os
 import queue
 import signal
+import socket
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -23,7 +24,7 @@ from lightning_modules.embeddings import Embeddings
 from lightning_modules.encoder.embedder import Embedder
 from lightning_modules.encoder.embedding import template_of
 from lightning_modules.explore_guard import Guard
-from lightning_modules.explore_page import CSS, EVERY, ONE, Results, asked_html, trouble
+from lightning_modules.explore_page import CSS, EVERY, ONE, Results, asked_html, kind_of, trouble
 from lightning_modules.search import encoder_of, query_item
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -66,8 +67,9 @@ def explore(
     """
     if not 1 <= k <= MOST or max_upload_megabytes <= 0:
         raise ValueError(f"k is {k}, max_upload_megabytes {max_upload_megabytes:g}; allowed: 1 to {MOST}, above 0")
-    require_gradio()
     console, stored = Console(), Embeddings(embeddings)
+    _require_port(host, port)
+    require_gradio()
     encoder = encoder_of(stored, checkpoint, device)
     with tempfile.TemporaryDirectory(prefix="explore-") as folder:
         uploads, served = Path(folder) / "uploads", Path(folder) / "served"
@@ -142,15 +144,22 @@ class Page:
         if len(self.shown) > 1:
             self.shown = {EVERY: EVERY, ONE: ONE} | self.shown
 
-    def asked(self, text: str | None, file: str | None) -> tuple[list[float] | None, str]:
-        """A query's vector and what is said of it: the query itself, or what is wrong with it."""
+    def asked(self, text: str | None, file: str | None, is_page: bool = False) -> tuple[list[float] | None, str]:
+        """A query's vector and what is said of it: the query itself, or what is wrong with it.
+
+        Args:
+            text: None or empty for none.
+            file: None for none.
+            is_page: Whether a picture is one of a document's page.
+        """
         text = (text or "").strip()
         if not text and file is None:
             return None, EMPTY
         try:
             if len(text) > MAX_TEXT:
                 raise ValueError(f"the text has {len(text):,} letters; allowed: at most {MAX_TEXT:,}")
-            vector = self.encoder.embed([query_item(text, file)], task=self.task)[0]
+            kind = "page" if is_page and file and kind_of(Path(file).suffix[1:].lower()) == "image" else None
+            vector = self.encoder.embed([query_item(text, file, kind)], task=self.task)[0]
             return vector.tolist(), asked_html(text, file, self.limits)
         except (OSError, ValueError) as error:
             return None, trouble(str(error).removeprefix("item 0: "))
@@ -166,8 +175,8 @@ class Page:
         """The page."""
         import gradio as gr
 
-        def ask(text: str, file: str | None, prefix: int, shown: str, k: int) -> tuple[Any, str]:
-            vector, said = desk.ask(lambda: self.asked(text, file))
+        def ask(text: str, file: str | None, is_page: bool, prefix: int, shown: str, k: int) -> tuple[Any, str]:
+            vector, said = desk.ask(lambda: self.asked(text, file, is_page))
             return (vector, said), framed(said, desk.ask(lambda: self.answered(vector, prefix, shown, k)))
 
         def again(state: tuple[Any, str], prefix: int, shown: str, k: int) -> str:
@@ -182,6 +191,7 @@ class Page:
                     gr.Markdown(f"## {len(embeddings):,} items")
                     text = gr.Textbox(label="Text", placeholder="Enter searches", lines=1, max_lines=5, max_length=MAX_TEXT)
                     file = gr.File(label="Picture, sound, clip or PDF", file_types=formats, type="filepath", height=140)
+                    is_page = gr.Checkbox(label="The picture is a document's page", visible="page" in self.results.counts)
                     go = gr.Button("Search", variant="primary")
                     prefix = gr.Radio(self.prefixes, value=self.prefixes[-1], label="Dimensions compared")
                     k = gr.Slider(1, MOST, self.k, step=1, label="Items in a list")
@@ -189,8 +199,8 @@ class Page:
                     shown = gr.Radio(list(self.shown), value=next(iter(self.shown)), show_label=False, container=False)
                     out = gr.HTML(framed(EMPTY, ""), elem_id="results")
             given = [prefix, shown, k]
-            for event in (text.submit, go.click, file.upload, file.clear):
-                event(ask, [text, file, *given], [state, out], api_visibility="private", show_progress="minimal")
+            for event in (text.submit, go.click, file.upload, file.clear, is_page.change):
+                event(ask, [text, file, is_page, *given], [state, out], api_visibility="private", show_progress="minimal")
             for event in (prefix.change, shown.change, k.release):
                 event(again, [state, *given], out, api_visibility="private", show_progress="minimal")
         return demo
@@ -210,28 +220,34 @@ def _launch(demo: Any, host: str, port: int, folders: list[str], megabytes: floa
     if host in LOOPBACK:  # a name of somebody else's that leads here is refused
         doors.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK)))
     fonts = ["system-ui", "sans-serif"]  # those of other themes are fetched
+    demo.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        share=False,
+        quiet=True,
+        inbrowser=False,
+        ssr_mode=False,
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        footer_links=[],
+        max_file_size=int(megabytes * 2**20),
+        allowed_paths=folders,
+        app_kwargs={"middleware": doors},
+        theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+    )
+
+
+def _require_port(host: str, port: int) -> None:
+    """Raises ValueError where an address cannot be listened on, before anything is loaded."""
     try:
-        demo.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            share=False,
-            quiet=True,
-            inbrowser=False,
-            ssr_mode=False,
-            run_history=False,
-            enable_monitoring=False,
-            mcp_server=False,
-            footer_links=[],
-            max_file_size=int(megabytes * 2**20),
-            allowed_paths=folders,
-            app_kwargs={"middleware": doors},
-            theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
-            css=CSS,
-        )
-    except OSError as error:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
         raise ValueError(
-            f"port {port} of {host} cannot be listened on; is another page open there? Give port=<another>"
+            f"{host}:{port} cannot be listened on ({error}); is another page open there? Give port=<another>"
         ) from error
 
 

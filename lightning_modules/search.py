@@ -21,8 +21,8 @@ from rich.text import Text
 from torch import Tensor
 
 from datamodules.files import replace_file
-from datamodules.items import item_of
-from datamodules.sample import Item
+from datamodules.items import file_part, item_of
+from datamodules.sample import KINDS, Item
 from datamodules.sources import open_source
 from kernels.contrastive import check_prefixes
 from lightning_modules.embeddings import Embeddings
@@ -46,6 +46,7 @@ def search(
     checkpoint: str | None = None,
     text: str | None = None,
     file: str | None = None,
+    kind: str | None = None,
     queries: str | None = None,
     task: str | None = "search result",
     k: int = 10,
@@ -64,6 +65,8 @@ def search(
         checkpoint: The encoder that made them; null for where it lay then.
         text: A query; with `file` the text before it, as one item.
         file: A query: a picture, sound, clip, document or text.
+        kind: What the file is, where its extension does not say: `page` for a picture of a document's page, which is cut into
+            tiles; null for what the extension says.
         queries: Many: a folder of files, a JSONL or Parquet file, or a split, whose queries are taken.
         task: Of the prompt around queries of text alone; null for none.
         k: Items that are wanted.
@@ -83,7 +86,7 @@ def search(
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
     console, stored = Console(), Embeddings(embeddings)
-    asked = _asked(text, file, queries)
+    asked = _asked(text, file, kind, queries)
     encoder = encoder_of(stored, checkpoint, device)
     narrow = shortlist if shortlist is not None or index == "exact" else prefix  # an index is over what will be compared
     with console.status(f"{index} of {len(stored):,} vectors"):
@@ -101,12 +104,12 @@ def search(
         console.print(f"what was found is in {out}", soft_wrap=True)
 
 
-def _asked(text: str | None, file: str | None, queries: str | None) -> list[tuple[str, Item]]:
+def _asked(text: str | None, file: str | None, kind: str | None, queries: str | None) -> list[tuple[str, Item]]:
     """The queries with their names."""
     if queries is None:
-        item = query_item(text, file)
+        item = query_item(text, file, kind)
         return [(" ".join(filter(None, (text, file))), item)]
-    if text is not None or file is not None:
+    if (text, file, kind) != (None, None, None):
         raise ValueError("give either queries, or text and file, which are one query together")
     source, found = open_source(queries, "query" if (Path(queries) / "manifest.json").is_file() else None), []
     for position in range(len(source)):
@@ -118,14 +121,21 @@ def _asked(text: str | None, file: str | None, queries: str | None) -> list[tupl
     return found
 
 
-def query_item(text: str | None, file: str | Path | None) -> Item:
+def query_item(text: str | None, file: str | Path | None, kind: str | None = None) -> Item:
     """The item that is asked for: a text, a file, or the text before the file.
 
+    Args:
+        text: None or empty for none.
+        file: None for none.
+        kind: What the file is; None for what its extension says.
+
     Raises:
-        ValueError: There is neither, or the file is none that is read.
+        ValueError: There is neither, or the file is none that is read as such.
     """
     parts: list[Any] = [text] if text and text.strip() else []
-    parts += [] if file is None else [Path(file)]
+    parts += [] if file is None else [file_part(Path(file), kind)]
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     if not parts:
         raise ValueError("there is nothing to search for; give text=.., file=.. or queries=..")
     return item_of(parts)
