@@ -26,6 +26,7 @@ MAX_CHANNELS = 16  # of an array of sound; what has more has its axes the other 
 FRAME_RATE = 1.0  # of frames that come without one: the rate at which videos are sampled
 KINDS = {"md": "text", "rst": "text", **dict.fromkeys(("ts", "h", "cc", "hpp", "kt", "swift", "scala"), "code"), **KIND_OF}
 KEYS = ("text", "code", "image", "page", "video", "audio")  # of a record, in the order of its parts
+ALSO = {("text", "code"), ("code", "text"), ("image", "page")}  # what may count as another kind, where that is told
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 HEADS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"fLaC", "flac"), (b"OggS", "ogg"), (b"%PDF", "pdf"))
 HEADS_LATER = {b"ftyp": (4, "mp4"), b"WEBP": (8, "webp"), b"WAVE": (8, "wav")}
@@ -71,8 +72,8 @@ def file_part(path: Path, kind: str | None = None) -> Part:
     extension = path.suffix.lower().removeprefix(".")
     if extension not in KINDS:
         raise BadExampleError(f"{path.name}: the extension {path.suffix!r} is none of {', '.join(KINDS)}", "unknown extension")
-    kind = kind or KINDS[extension]
-    most = MAX_TEXT_BYTES if kind in TEXT_KINDS else MAX_MEMBER_BYTES
+    natural = KINDS[extension]
+    most = MAX_TEXT_BYTES if natural in TEXT_KINDS else MAX_MEMBER_BYTES
     try:
         with path.open("rb") as file:
             data = file.read(most + 1)
@@ -80,10 +81,9 @@ def file_part(path: Path, kind: str | None = None) -> Part:
         raise BadExampleError(f"{path} cannot be read ({error.strerror})", "not readable") from error
     if len(data) > most:
         raise BadExampleError(f"{path} has more than the {most} bytes that are read", "too large")
-    if kind in MEDIA_KINDS:
-        return Part(kind, data, extension)
     try:
-        return Part(kind, data.decode("utf-8-sig"))
+        part = Part(natural, data, extension) if natural in MEDIA_KINDS else Part(natural, data.decode("utf-8-sig"))
+        return _of_kind(part, kind, path.name)
     except UnicodeDecodeError as error:
         raise BadExampleError(f"{path} is no text in UTF-8 ({error})", "not UTF-8") from error
 
@@ -108,7 +108,7 @@ def medium_part(data: bytes, kind: str | None = None) -> Part:
     extension = format_of(data)
     if extension is None:
         raise BadExampleError(f"bytes that begin with {data[:8]!r} are no medium that is read; text is a str", "unknown format")
-    return Part(kind or KINDS[extension], data, extension)
+    return _of_kind(Part(KINDS[extension], data, extension), kind, extension)
 
 
 def whole_text(text: str) -> str:
@@ -155,16 +155,16 @@ def _parts_of_record(record: Mapping[str, Any]) -> Iterator[Part]:
 
 def _part(thing: Any, kind: str | None = None) -> Part:
     """The part that something makes, of a kind that is told or is plain."""
+    if isinstance(thing, Path):
+        return file_part(thing, kind)
+    if isinstance(thing, bytes | bytearray):
+        return medium_part(bytes(thing), kind)
     if isinstance(thing, Part):
         part = thing
     elif isinstance(thing, str):
-        part = Part(kind if kind in TEXT_KINDS else "text", whole_text(thing))
-    elif isinstance(thing, Path):
-        part = file_part(thing, kind)
-    elif isinstance(thing, bytes | bytearray):
-        part = medium_part(bytes(thing), kind)
+        part = Part("text", whole_text(thing))
     elif isinstance(thing, Image.Image):
-        part = Part(kind or "image", _png(thing), "png")
+        part = Part("image", _png(thing), "png")
     elif _is_sound(thing):
         part = Part("audio", _wav(thing[0], thing[1]), "wav")
     elif isinstance(thing, Mapping) and "sampling_rate" in thing:
@@ -172,12 +172,19 @@ def _part(thing: Any, kind: str | None = None) -> Part:
     elif isinstance(thing, Mapping) and "array" in thing:
         part = Part("video", _mp4(np.asarray(thing["array"]), (thing.get("video_metadata") or {}).get("fps")), "mp4")
     elif hasattr(thing, "__array__"):
-        part = _part_of_array(np.asarray(thing), kind)
+        part = _part_of_array(np.asarray(thing))
     else:
         raise BadExampleError(f"nothing is made of {_told(thing)}", "unknown type")
-    if kind is not None and part.kind != kind:
-        raise BadExampleError(f"`{kind}` is {_told(thing)}, which is {part.kind}", "unknown type")
-    return part
+    return _of_kind(part, kind, _told(thing))
+
+
+def _of_kind(part: Part, kind: str | None, told: str) -> Part:
+    """The part as another kind where it may be that too: text may be code, a picture a page."""
+    if kind is None or kind == part.kind:
+        return part
+    if (part.kind, kind) not in ALSO:
+        raise BadExampleError(f"`{kind}` is {told}, which is {part.kind}", "unknown type")
+    return Part(kind, part.data, part.format)
 
 
 def _is_sound(thing: Any) -> bool:
@@ -185,11 +192,11 @@ def _is_sound(thing: Any) -> bool:
     return isinstance(thing, tuple) and len(thing) == 2 and hasattr(thing[0], "__array__") and np.ndim(thing[1]) == 0
 
 
-def _part_of_array(array: np.ndarray, kind: str | None) -> Part:
+def _part_of_array(array: np.ndarray) -> Part:
     if array.ndim == 1 and array.dtype.kind == "f":
         return Part("audio", _wav(array, SAMPLE_RATE), "wav")
     if array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8 and array.size:
-        return Part(kind or "image", _png(Image.fromarray(array)), "png")
+        return Part("image", _png(Image.fromarray(array)), "png")
     if array.ndim == 4:
         return Part("video", _mp4(array, None), "mp4")
     raise BadExampleError(

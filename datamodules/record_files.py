@@ -25,7 +25,7 @@ ROWS_AT_ONCE = 64  # of a Parquet file that are in memory: our choice
 
 
 class Found(NamedTuple):
-    """An item, and the file that its first medium lies in by itself, None where there is none."""
+    """An item, and the file that it came from, or its first medium did; None for what lies in a file with others."""
 
     item: Item
     path: str | None
@@ -50,7 +50,11 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, position: int) -> str:
-        """What an item is called where it cannot be read."""
+        """What an item is called.
+
+        Raises:
+            ValueError: It cannot be told.
+        """
 
     @abstractmethod
     def read(self, position: int) -> tuple[str, Found]:
@@ -84,9 +88,12 @@ class LinesSource(Source):
         self.described = {"kind": "jsonl", "path": str(place), "digest": whole}
 
     def name(self, position: int) -> str:
-        return str(position)
+        return _name(self._record(position), position)
 
     def read(self, position: int) -> tuple[str, Found]:
+        return _read_record(self._record(position), self.place.parent, position)
+
+    def _record(self, position: int) -> Any:
         offset, size = self._offsets[position].tolist()
         if size > MAX_JSON_BYTES:
             raise BadExampleError(f"this line has {size} bytes; allowed: {MAX_JSON_BYTES}", "too large")
@@ -94,10 +101,9 @@ class LinesSource(Source):
             file.seek(offset)
             line = file.read(size)
         try:
-            record = parse_json(line)
+            return parse_json(line)
         except ValueError as error:
             raise BadExampleError(f"this line is no JSON: {error}", "no JSON") from error
-        return _read_record(record, self.place.parent, position)
 
 
 class TableSource(Source):
@@ -126,7 +132,7 @@ class TableSource(Source):
         self._group, self._first = -1, 0
 
     def name(self, position: int) -> str:
-        return str(position)
+        return _name(self._row(position), position)
 
     def read(self, position: int) -> tuple[str, Found]:
         return _read_record(self._row(position), self.place.parent, position)
@@ -158,9 +164,7 @@ class TableSource(Source):
 def _read_record(record: Any, folder: Path, position: int) -> tuple[str, Found]:
     if not isinstance(record, dict):
         raise BadExampleError(f"a record is a {type(record).__name__}, not an object", "malformed record")
-    name = record.get("id")
-    if name is not None and not isinstance(name, str | int):
-        raise BadExampleError(f"`id` is a {type(name).__name__}; it must be a string or whole number", "malformed record")
+    name = _name(record, position)
     paths: list[str | None] = []
 
     def opened(value: Any, kind: str) -> Any:
@@ -189,7 +193,14 @@ def _read_record(record: Any, folder: Path, position: int) -> tuple[str, Found]:
         for key in TEXT_KINDS:
             if isinstance(part, Mapping) and part.get(key) is not None and not isinstance(part[key], str):
                 raise BadExampleError(f"`{key}` is a {type(part[key]).__name__}; it must be a string", "malformed record")
-    return whole_text(str(position if name is None else name)), Found(item_of(record), paths[0] if paths else None)
+    return name, Found(item_of(record), paths[0] if paths else None)
+
+
+def _name(record: Any, position: int) -> str:
+    name = record.get("id") if isinstance(record, Mapping) else None
+    if name is not None and not isinstance(name, str | int):
+        raise BadExampleError(f"`id` is a {type(name).__name__}; it must be a string or whole number", "malformed record")
+    return whole_text(str(position if name is None else name))
 
 
 def _inside(folder: Path, name: str) -> Path:

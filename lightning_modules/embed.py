@@ -80,7 +80,7 @@ def embed(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    began, console, array, template = time.monotonic(), Console(), array_task(array_index, array_size), template_of(task)
+    console, array, template = Console(), array_task(array_index, array_size), template_of(task)
     found = open_source(source, column)
     encoder = load_embedder(checkpoint, device)
     encoder.use(compute)
@@ -95,6 +95,7 @@ def embed(
         console.print(f"{len(own) - len(todo)} of {len(own)} blocks had been done and are left as they are")
     windows = Windows(found, template, encoder.processor, [job.positions(block) for block in todo], batch_size)
     num_items = sum(len(job.positions(block)) for block in todo)
+    began = time.monotonic()
     with bar_of(console) as bar:
         ticket = bar.add_task(f"{Path(source).name}", total=num_items)
         in_a_row = 0
@@ -114,23 +115,23 @@ def embed(
                     )
                 bar.advance(ticket, len(made.items) + len(made.aside))
             job.store(block, items, np.concatenate(vectors), aside)
+    seconds = time.monotonic() - began
+    here = f"{num_items:,} done here in {seconds:.1f} s, {num_items / max(seconds, 1e-9):,.1f} items/s"
     if about := job.finish(console):
-        _tell(console, about, found, out, num_items, time.monotonic() - began)
+        _tell(console, about, found)
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in about["modalities"].items())
+        num_bytes = sum(file["bytes"] for block in about["blocks"] for file in block["files"].values())
+        here = f"{about['num_items']:,} items ({kinds}) in {out}, {dtype} of {width}, {num_bytes:,} bytes; {here}"
+    console.print(here, soft_wrap=True)
 
 
-def _tell(console: Console, about: Mapping[str, Any], source: Source, out: str, num_items: int, seconds: float) -> None:
-    """The last lines: counts, bytes, seconds."""
-    kinds = ", ".join(f"{number:,} {kind}" for kind, number in about["modalities"].items())
-    num_bytes = sum(file["bytes"] for block in about["blocks"] for file in block["files"].values())
-    form = f"{about['dtype']} of {about['prefix']}"
-    console.print(f"{about['num_items']:,} items ({kinds}) in {out}, {form}, {num_bytes:,} bytes", soft_wrap=True)
+def _tell(console: Console, about: Mapping[str, Any], source: Source) -> None:
+    """What of the source was not embedded."""
     if about["quarantined"]:
         number = sum(about["quarantined"].values())
         console.print(f"{number:,} set aside in quarantine.jsonl: {told(about['quarantined'])}", soft_wrap=True)
     if source.left_out:
         console.print(f"{source.left_out.total():,} left out: {told(source.left_out)}", soft_wrap=True)
-    speed = num_items / max(seconds, 1e-9)
-    console.print(f"{num_items:,} of them now, in {seconds:.1f} s ({speed:,.1f} items/s)", soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class Windows(Dataset[Window]):
             try:
                 name, read = self.source.read(position)
             except ValueError as error:
-                aside.append((position, _aside(self.source.name(position), error)))
+                aside.append((position, _aside(_name(self.source, position), error)))
                 continue
             texts = [str(part.data) for part in read.item.parts if part.kind in TEXT_KINDS]
             described = Described(name, read.item.modality, "\n".join(texts) if texts else None, read.path, position)
@@ -224,6 +225,13 @@ def _embedded(encoder: Embedder, windows: Windows, width: int, num_workers: int)
         aside.sort(key=lambda found: found[0])
         last = items[-1].position if items else window.positions.start - 1
         yield Embedded(items, vectors, [found for _, found in aside], window.positions.stop - 1 - last)
+
+
+def _name(source: Source, position: int) -> str:
+    try:
+        return source.name(position)
+    except ValueError:
+        return str(position)
 
 
 def _aside(name: str, error: ValueError) -> Aside:

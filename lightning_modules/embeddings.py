@@ -10,8 +10,10 @@ Shapes: N items, D width.
 
 import bisect
 import json
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from lightning_modules.parts import LAYOUTS, Described, Layout, read_items, read
 
 FORMAT = "polyphony-embeddings/1"
 DESCRIBED, QUARANTINE = "embeddings.json", "quarantine.jsonl"
+OLD_SECONDS = 3600  # our choice
 MAX_CACHED_BYTES = 2**29  # of parts that are kept in memory for the next question: our choice
 
 
@@ -231,11 +234,11 @@ class EmbeddingsJob(Job):
         for _, done in found:
             kinds.update(done["counts"])
             causes.update(record["cause"] for record in done["aside"])
-        if not kinds:
-            raise ValueError(f"nothing was embedded of {self.num_records:,} items: {told(causes)}; see {self.out / 'blocks'}")
         bad = [Aside(**record) for _, done in found for record in done["aside"]]
         lines = [json.dumps({"id": key, "cause": cause, "message": why}, ensure_ascii=False) for key, cause, why in bad]
         replace_file(self.out / QUARANTINE, "".join(f"{line}\n" for line in lines))
+        if not kinds:
+            raise ValueError(f"nothing was embedded of {self.num_records:,} items: {told(causes)}; see {self.out / QUARANTINE}")
         blocks = [
             {"number": block, "num_items": done["num_examples"], "files": done["files"]}
             for block, done in found
@@ -243,6 +246,7 @@ class EmbeddingsJob(Job):
         ]
         about = {"format": FORMAT, **self.made_by, "num_items": kinds.total(), "modalities": dict(sorted(kinds.items()))}
         about |= {"quarantined": dict(causes.most_common()), "blocks": blocks}
+        _remove_old(self.out)
         replace_file(self.out / DESCRIBED, json.dumps(about, indent=1, ensure_ascii=False, sort_keys=True))
         return about
 
@@ -281,6 +285,14 @@ def write_embeddings(
         own = job.positions(block)
         job.store(block, items[own.start : own.stop], unit_ND[own.start : own.stop], [])
     job.finish(Console(quiet=True))
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove what killed tasks had begun to write; what is young may be another's who still writes."""
+    for partial in (*folder.glob(".*.partial"), *folder.glob("blocks/.*.partial")):
+        with suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > OLD_SECONDS:
+                partial.unlink()
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

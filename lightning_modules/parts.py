@@ -29,7 +29,7 @@ class Described(NamedTuple):
         id: Its name in its source.
         modality: The kind of its parts, `mixed` where they differ.
         text: Its text parts, joined by newlines; None where there is none.
-        path: The file that its first medium lies in by itself; None where there is no such file.
+        path: The file that it came from, or its first medium did; None for what lies in a file with others.
         position: Its place in the source, bad items counted too.
     """
 
