@@ -28,12 +28,15 @@ from kernels.contrastive import check_prefixes
 from lightning_modules.embeddings import Embeddings
 from lightning_modules.encoder.checkpoint import read_provenance
 from lightning_modules.encoder.embedder import Embedder, cut
+from lightning_modules.forms import unit
 from lightning_modules.listing import printable
 from lightning_modules.neighbours import Index, IndexSettings, Kind, Neighbours, built_once, compared, exact, require_faiss
 from lightning_modules.vectors import Chunk
 
 # Our choice.
-HELD_BYTES = 2**30  # of vectors that stay in memory; a larger store is read anew for each search that compares all
+HELD_BYTES = (
+    2**31
+)  # of vectors that stay in memory; what is more is read from the store for each search, from npy by mapping it
 CHUNK = 8192  # vectors that are compared at a time
 QUERIES_AT_ONCE = 64  # whose candidates are compared again together
 PRINTED = 20  # queries whose finds are shown in the terminal
@@ -290,7 +293,8 @@ class Searcher:
     def _rows(self, rows: np.ndarray, width: int) -> np.ndarray:
         """Unit vectors (C, width), from memory where they are held."""
         if (held := self._in_memory(width)) is None:
-            return self.embeddings.vectors(rows, width)
+            wider = next((held for held in self._held.values() if held.shape[1] > width), None)
+            return self.embeddings.vectors(rows, width) if wider is None else unit(wider[rows, :width])
         is_run = len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all()
         return held[rows[0] : rows[-1] + 1] if is_run else held[rows]
 

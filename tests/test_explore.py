@@ -246,11 +246,8 @@ def test_work_is_done_in_the_main_thread_until_a_signal_comes():
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(stored, tmp_path, monkeypatch):
-    for given, message in (
-        ({"k": 0}, "k is 0"),
-        ({"max_upload_megabytes": 0}, "max_upload_megabytes 0"),
-        ({"k": 51}, "1 to 50"),
-    ):
+    cases: list[tuple[dict[str, Any], str]] = [({"k": 0}, "k is 0"), ({"k": 51}, "allowed: 1 to 50")]
+    for given, message in [*cases, ({"max_upload_megabytes": 0}, "max_upload_megabytes 0")]:
         with pytest.raises(ValueError, match=message):
             explore(str(stored.folder), **given)
     with pytest.raises(ValueError, match=r"no embeddings.*embeddings\.json is missing"):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,9 +102,9 @@ def test_what_the_shortlist_leaves_out_is_not_found(tmp_path):
     near = unit(np.array([[1.0, 0.1 * n, 0.0, 0.0] for n in range(1, 6)], np.float32))
     embeddings, query = of_numbers(tmp_path / "store", np.concatenate([far, near])), unit(np.array([[0.1, 0.0, 1.0, 0.0]]))
     assert Searcher(embeddings).search(query, 1).positions.tolist() == [[0]]
-    narrow = Searcher(embeddings, shortlist=2, settings=IndexSettings(oversampling=5))
-    assert narrow.search(query, 1).positions.tolist() != [[0]]
-    assert Searcher(embeddings, shortlist=2, settings=IndexSettings(oversampling=6)).search(query, 1).positions.tolist() == [[0]]
+    few, all_of_them = (Searcher(embeddings, shortlist=2, settings=IndexSettings(oversampling=n)) for n in (5, 6))
+    assert few.search(query, 1).positions.tolist() != [[0]]
+    assert all_of_them.search(query, 1).positions.tolist() == [[0]]
 
 
 @pytest.mark.parametrize("shortlist", [None, 16])
@@ -121,7 +122,8 @@ def test_an_index_finds_most_and_says_true_cosines(tmp_path, kind: Kind, shortli
 def test_an_index_finds_all_that_a_rare_modality_has(tmp_path, kind: Kind):
     modalities = ["image" if n % 200 == 7 else "text" for n in range(2000)]
     embeddings = of_numbers(tmp_path / "store", nested(2000), modalities)
-    searcher = Searcher(embeddings, index=kind, settings=IndexSettings(num_probes=1, num_lists=16, oversampling=2, search_effort=8))
+    hasty = IndexSettings(num_probes=1, num_lists=16, oversampling=2, search_effort=8)
+    searcher = Searcher(embeddings, index=kind, settings=hasty)
     queries = nested(20, seed=1)
     wanted, cosines = by_numpy(queries, nested(2000)[7::200], 4, 32)
     found = searcher.search(queries, 4, modality="image")
@@ -155,7 +157,7 @@ def test_an_index_is_built_once_beside_the_vectors_and_anew_for_others(tmp_path,
 def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path):
     embeddings = of_numbers(tmp_path / "store", nested(40))
     query = nested(1, seed=1)
-    for given, more, message in (
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({}, {"k": 0}, "k is 0; it must be at least 1"),
         ({}, {"prefix": 64}, "64"),
         ({"shortlist": 64}, {}, "64"),
@@ -163,7 +165,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path):
         ({"index": "hnsw"}, {"prefix": 8}, "the prefix is 8, but candidates are chosen by 32 dimensions; give shortlist=8"),
         ({}, {"modality": "video"}, "nothing here is of modality 'video'; there are: text"),
         ({"index": "ivfpq", "settings": SMALL}, {}, "too few to train index=ivfpq"),
-    ):
+    ]
+    for given, more, message in cases:
         with pytest.raises(ValueError, match=message):
             Searcher(embeddings, **given).search(query, **{"k": 3, **more})
 
@@ -215,14 +218,15 @@ def test_a_wrong_query_or_encoder_is_refused_by_name(stored, tmp_path, processor
     (tmp_path / "bad.jsonl").write_text('{"id": "a", "text": "x"}\n{"id": "b", "image": "none.png"}\n')
     (tmp_path / "bad.png").write_bytes(b"no picture")
     folder = str(stored.folder)
-    for given, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({}, "there is nothing to search for; give text"),
         ({"text": " "}, "there is nothing to search for; give text"),
         ({"text": "a", "queries": "b"}, "give either queries, or text and file"),
         ({"queries": str(tmp_path / "bad.jsonl")}, r"bad\.jsonl: 1 cannot be used"),
         ({"file": str(tmp_path / "bad.png")}, "does not decode"),
         ({"text": "a", "task": "searching"}, "unknown task 'searching'"),
-    ):
+    ]
+    for given, message in cases:
         with pytest.raises(ValueError, match=message):
             search(folder, device="cpu", **given)
     other = Path(str(stored.about["encoder"]["path"])).parent / "other"
