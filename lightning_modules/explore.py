@@ -69,13 +69,12 @@ def explore(
         raise ValueError(f"k is {k}, max_upload_megabytes {max_upload_megabytes:g}; allowed: 1 to {MOST}, above 0")
     console, stored = Console(), Embeddings(embeddings)
     _require_port(host, port)
-    require_gradio()
-    encoder = encoder_of(stored, checkpoint, device)
     with tempfile.TemporaryDirectory(prefix="explore-") as folder:
         uploads, served = Path(folder) / "uploads", Path(folder) / "served"
         uploads.mkdir()
         served.mkdir()
-        os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+        require_gradio(uploads)
+        encoder = encoder_of(stored, checkpoint, device)
         desk = Desk()
         page = Page(encoder, stored, served, task, k)
         demo = page.blocks(desk)
@@ -251,9 +250,13 @@ def _require_port(host: str, port: int) -> None:
         ) from error
 
 
-def require_gradio() -> None:
-    """Raises ValueError where the library of the page is not installed."""
-    os.environ.update(SETTINGS)
+def require_gradio(uploads: Path) -> None:
+    """Raises ValueError where the library of the page is not installed; it reads its settings when it is imported first.
+
+    Args:
+        uploads: Folder for what is uploaded and all else that it keeps.
+    """
+    os.environ.update({**SETTINGS, "GRADIO_TEMP_DIR": str(uploads)})
     try:
         import gradio as gr
     except ImportError as error:
