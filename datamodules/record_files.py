@@ -141,7 +141,9 @@ class TableSource(Source):
         """A row; those after it in its group are quick to follow, one before it begins the group anew."""
         if self._group < 0 or not self._first <= position < self._starts[self._group + 1]:
             self._group = int(np.searchsorted(self._starts, position, side="right")) - 1
-            self._rows = self._open().iter_batches(ROWS_AT_ONCE, row_groups=[self._group], columns=self._columns)
+            self._rows = self._open().iter_batches(
+                ROWS_AT_ONCE, row_groups=[self._group], columns=self._columns, use_threads=False
+            )
             self._first, self._batch = int(self._starts[self._group]), next(self._rows)
         while position >= self._first + len(self._batch):
             self._first, self._batch = self._first + len(self._batch), next(self._rows)

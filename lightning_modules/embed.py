@@ -23,12 +23,11 @@ from kernels.contrastive import check_prefixes
 from lightning_modules.embeddings import EmbeddingsJob
 from lightning_modules.encoder.checkpoint import read_provenance
 from lightning_modules.encoder.embedder import ComputeConfig, Embedder
-from lightning_modules.encoder.embedding import load_embedder, prepared, template_of, unit_vectors
+from lightning_modules.encoder.embedding import MEDIA_COST, load_embedder, prepared, template_of, unit_vectors
 from lightning_modules.forms import Form
 from lightning_modules.parts import Described, Layout
 from lightning_modules.progress import bar_of
 
-MEDIA_COST = 16  # texts of a batch that an item with media takes the place of: our choice
 MAX_IN_A_ROW = 100  # items that cannot be embedded, as in training's streams
 
 

@@ -11,7 +11,7 @@ from samples import picture_bytes
 
 from lightning_modules.embeddings import Embeddings, write_embeddings
 from lightning_modules.forms import FORMS, numbers_of
-from lightning_modules.parts import LAYOUTS, Described, read_vectors
+from lightning_modules.parts import LAYOUTS, Described, files_of, read_vectors
 from lightning_modules.precision import Dtype, stored
 
 WIDTH = 20
@@ -54,6 +54,16 @@ def test_what_is_read_is_what_was_stored(items, unit, tmp_path, dtype, layout):
     np.testing.assert_allclose(found.vectors(rows, prefix=8), short, rtol=0, atol=1e-6)
     if dtype == "float32":
         assert (found.vectors() == unit).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_form_takes_its_own_bytes(tmp_path, layout):
+    vectors = np.random.default_rng(0).normal(size=(1000, 256)).astype(np.float32)
+    texts = [Described(str(n), "text") for n in range(1000)]
+    for dtype, num_bytes in (("float32", 1024), ("float16", 512), ("int8", 256), ("binary", 32)):
+        write_embeddings(tmp_path / dtype, texts, vectors, encoder={}, dtype=dtype, layout=layout)
+        file = tmp_path / dtype / files_of(0, layout)["vectors"]
+        assert 1000 * num_bytes < file.stat().st_size < 1000 * num_bytes * 1.1 + 20_000  # ids, levels and a dictionary
 
 
 def precision_of(dtype: str) -> Dtype:

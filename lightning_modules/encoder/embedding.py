@@ -14,7 +14,7 @@ import torch
 
 from datamodules.collate import with_prompt
 from datamodules.decode import decode_item
-from datamodules.extent import EXTENT, extent_of
+from datamodules.extent import EXTENT
 from datamodules.items import is_record, item_of
 from datamodules.processors.inputs import Inputs
 from datamodules.processors.processor import Processor
@@ -34,6 +34,7 @@ TASKS = {
 WINDOW_ITEMS = 8192  # distinct items that are sorted by length together: our choice
 WINDOW_BYTES = 2**26  # of their texts and files, all of which are in memory: our choice
 MAX_TOKENS = 16384  # of a batch: our choice
+MEDIA_COST = 16  # texts of a batch that an item with media takes the place of: our choice
 Refuse = Callable[[int, ValueError], None]  # told the number of an item that cannot be embedded, and why
 
 
@@ -149,16 +150,27 @@ class _Table:
 
 
 def batches_of(items: Sequence[Item], processor: Processor, batch_tokens: int, batch_size: int) -> Iterator[list[int]]:
-    """Places of items that go together, of like length, the longest first; about so many tokens."""
-    lengths = processor.num_tokens(np.array([extent_of(item) for item in items], EXTENT))
+    """Places of items that go together: texts of like length, the longest first, of about so many tokens; media in their order.
+
+    No medium is looked into, which may be hostile: the encoder itself cuts batches that are longer than it allows.
+    """
+    texts = [place for place, item in enumerate(items) if item.is_text]
+    extents = np.zeros(len(texts), EXTENT)
+    extents["text"] = [sum(len(str(part.data).encode()) for part in items[place].parts) for place in texts]
+    lengths = processor.num_tokens(extents)
     batch: list[int] = []
-    for place in np.argsort(-lengths, kind="stable").tolist():
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[batch[0]] > batch_tokens):
+    longest = 0.0
+    for n in np.argsort(-lengths, kind="stable").tolist():
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * longest > batch_tokens):
             yield batch
             batch = []
-        batch.append(place)
+        longest = max(lengths[n], longest if batch else 0.0)
+        batch.append(texts[n])
     if batch:
         yield batch
+    media = [place for place, item in enumerate(items) if not item.is_text]
+    at_once = max(1, batch_size // MEDIA_COST)
+    yield from (media[start : start + at_once] for start in range(0, len(media), at_once))
 
 
 def prepared(items: Sequence[Item], processor: Processor, refuse: Refuse) -> tuple[list[int], Inputs | None]:
