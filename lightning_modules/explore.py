@@ -4,12 +4,13 @@ The page is gradio's, its results are those of `explore_page.py`. Queries are an
 there the decoders' limit of time holds, and there a signal ends the page.
 """
 
+import contextlib
 import os
 import queue
 import signal
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import FrameType
@@ -69,7 +70,7 @@ def explore(
         raise ValueError(f"k is {k}, max_upload_megabytes {max_upload_megabytes:g}; allowed: 1 to {MOST}, above 0")
     console, stored = Console(), Embeddings(embeddings)
     _require_port(host, port)
-    with tempfile.TemporaryDirectory(prefix="explore-") as folder:
+    with sigterm_interrupts(), tempfile.TemporaryDirectory(prefix="explore-") as folder:
         uploads, served = Path(folder) / "uploads", Path(folder) / "served"
         uploads.mkdir()
         served.mkdir()
@@ -100,24 +101,29 @@ class Desk:
         return future.result()
 
     def serve(self) -> None:
-        """Work until SIGINT or SIGTERM."""
-        former = signal.signal(signal.SIGTERM, _stop)
-        try:
+        """Work until an interrupt."""
+        with contextlib.suppress(KeyboardInterrupt):
             while True:
                 future, work = self._asked.get()
                 try:
                     future.set_result(work())
                 except Exception as error:
                     future.set_exception(error)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            signal.signal(signal.SIGTERM, former)
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM does meanwhile what Ctrl-C does, so that what has to be tidied up is."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 class Page:

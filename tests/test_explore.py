@@ -28,7 +28,7 @@ from samples import picture_bytes, sound_bytes
 from stores import HOSTILE, of_world
 
 from lightning_modules.embeddings import Embeddings
-from lightning_modules.explore import Desk, Page, explore
+from lightning_modules.explore import Desk, Page, explore, sigterm_interrupts
 from lightning_modules.explore_guard import MAX_BODY, Guard
 from lightning_modules.explore_page import EVERY, MAX_SERVED, ONE, THUMBNAIL, kind_of
 from lightning_modules.search import encoder_of
@@ -250,7 +250,8 @@ def test_work_is_done_in_the_main_thread_until_a_signal_comes():
 
     before, thread = signal.getsignal(signal.SIGTERM), threading.Thread(target=ask)
     thread.start()
-    desk.serve()
+    with sigterm_interrupts():
+        desk.serve()
     thread.join(10)
     assert answers == [threading.main_thread(), "still there"]
     assert signal.getsignal(signal.SIGTERM) == before
