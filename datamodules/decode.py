@@ -6,6 +6,7 @@ audio float32 (samples,) mono at 16 kHz. A refusal's `cause` is "does not decode
 """
 
 import dataclasses
+import re
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 
@@ -72,6 +73,6 @@ def decode_part(part: Part, limits: DecodeLimits) -> Part:
     except Image.DecompressionBombError as error:  # Pillow's own bound, met before ours
         raise BadExampleError(str(error), "too many pixels") from error
     except Exception as error:  # the media libraries raise types of their own; all mean that the bytes are bad
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = re.sub(r" <\S+ object at 0x\w+>", "", " ".join(str(error).split())) or type(error).__name__
         raise BadExampleError(f"this {part.kind} ({part.format}, {len(part.data)} bytes) does not decode: {reason}") from error
     return dataclasses.replace(part, content=content)

@@ -1,6 +1,6 @@
 """The nearest of many unit vectors: by comparing all, or by a FAISS index whose finds are compared again with what is stored.
 
-Letters: Q queries, N vectors of a chunk, D width, k neighbours, C candidates of an index.
+Letters: Q queries, N vectors of a chunk, D width, k neighbours, C candidates of an index, of which some may be −1: none.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from datamodules.job import digest_of, locked
 from datamodules.record import read_json
 from lightning_modules.vectors import Chunk
 
-Kind = Literal["exact", "ivfpq", "ivfsq8", "hnsw"]
+Kind = Literal["exact", "binary", "ivfpq", "ivfsq8", "hnsw"]
 QUERIES_AT_ONCE = 64  # whose candidates are compared again together: memory
 TRAINING_PER_LIST = 39  # FAISS holds fewer vectors of a centroid for too few to train it
 PQ_CENTROIDS = 256
@@ -84,7 +84,7 @@ def exact(query_QD: Tensor, chunks: Iterable[Chunk], k: int, device: str | torch
     best_QK = torch.empty(len(query_QD), 0, device=device)
     position_QK = torch.empty(len(query_QD), 0, dtype=torch.int64, device=device)
     for chunk in chunks:
-        cosine_QN = query_QD @ torch.from_numpy(np.array(chunk.vectors, np.float32)).to(device).T
+        cosine_QN = query_QD @ torch.from_numpy(np.require(chunk.vectors, np.float32, "W")).to(device).T
         if best_QK.shape[1] == k and not (cosine_QN > best_QK[:, -1:]).any():
             continue
         position_QN = torch.from_numpy(np.array(chunk.positions, np.int64)).to(device).expand_as(cosine_QN)
@@ -122,7 +122,7 @@ class Index:
         self.index, self.positions, self.settings = index, positions, settings
         if isinstance(index, faiss.IndexHNSW):
             index.hnsw.efSearch = settings.search_effort
-        else:
+        elif not isinstance(index, faiss.IndexLSH):
             faiss.extract_index_ivf(index).nprobe = settings.num_probes
 
     @classmethod
@@ -149,10 +149,13 @@ class Index:
         settings.check(kind, width)
         if kind == "ivfpq" and num_training < PQ_CENTROIDS:
             raise ValueError(f"{num_training} vectors are too few to train index=ivfpq, it needs {PQ_CENTROIDS}; take exact")
-        index = faiss.index_factory(width, described.get(kind, f"HNSW{settings.num_links}"), faiss.METRIC_INNER_PRODUCT)
+        if kind == "binary":  # signs without a rotation, by Hamming distance
+            index = faiss.IndexLSH(width, width, False, False)
+        else:
+            index = faiss.index_factory(width, described.get(kind, f"HNSW{settings.num_links}"), faiss.METRIC_INNER_PRODUCT)
         if kind == "hnsw":
             index.hnsw.efConstruction = settings.build_effort
-        else:
+        elif kind != "binary":
             if kind == "ivfpq":  # an annealing for searches by Hamming distance, which are not made: most of the training time
                 index.do_polysemous_training = False
             index.train(_sample(chunks(), every))
@@ -169,23 +172,33 @@ class Index:
             k: How many; where there are fewer vectors, all.
             rows: The stored vectors (C, D) at positions (C,).
         """
-        require_faiss()  # with torch's threads of now
         num_candidates = min(k * self.settings.oversampling, len(self.positions))
         found = [
-            self._compared(part_QD.float(), num_candidates, min(k, num_candidates), rows)
+            compared(part_QD, self.candidates(part_QD, num_candidates), min(k, num_candidates), rows)
             for part_QD in query_QD.cpu().split(QUERIES_AT_ONCE)
         ]
         return Neighbours(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
-    def _compared(self, query_QD: Tensor, num_candidates: int, k: int, rows: Callable[[np.ndarray], np.ndarray]) -> Neighbours:
-        _, labels_QC = self.index.search(query_QD.contiguous().numpy(), num_candidates)
-        position_QC = np.sort(np.where(labels_QC >= 0, self.positions[labels_QC], -1), axis=1)
-        positions, row_QC = np.unique(position_QC, return_inverse=True)
-        vectors = torch.from_numpy(rows(np.maximum(positions, 0)))[torch.from_numpy(row_QC.reshape(position_QC.shape))]
-        cosine_QC = torch.einsum("qd,qcd->qc", query_QD, vectors)
-        cosine_QC[torch.from_numpy(position_QC < 0)] = -torch.inf
-        column_QK = highest(cosine_QC, k)
-        return Neighbours(np.take_along_axis(position_QC, column_QK.numpy(), 1), cosine_QC.gather(1, column_QK).numpy())
+    def candidates(self, query_QD: Tensor, num: int, wanted: np.ndarray | None = None) -> np.ndarray:
+        """Positions (Q, num) of what it holds for the nearest, ascending.
+
+        Args:
+            query_QD: Unit vectors.
+            num: How many.
+            wanted: Which of its vectors, in the order in which they were added, may be candidates (bool); None means all.
+        """
+        faiss = require_faiss()  # with torch's threads of now
+        given = {} if wanted is None else {"params": self._only(faiss, wanted)}
+        _, labels_QC = self.index.search(query_QD.cpu().float().contiguous().numpy(), num, **given)
+        return np.sort(np.where(labels_QC >= 0, self.positions[labels_QC], -1), axis=1)
+
+    def _only(self, faiss: Any, wanted: np.ndarray) -> Any:
+        """How it is searched where some of its vectors do not count."""
+        assert not isinstance(self.index, faiss.IndexLSH), "FAISS selects nothing there"
+        selector = faiss.IDSelectorBitmap(np.packbits(wanted, bitorder="little"))
+        if isinstance(self.index, faiss.IndexHNSW):
+            return faiss.SearchParametersHNSW(sel=selector, efSearch=self.settings.search_effort)
+        return faiss.SearchParametersIVF(sel=selector, nprobe=self.settings.num_probes)
 
     def save(self, file: Path, made_for: str) -> None:
         """Write it, and then what it was made for.
@@ -211,6 +224,23 @@ class Index:
         if read_json(_described(file)) != {"made_for": made_for, "sha256": sha256_of(file)}:
             return None
         return cls(require_faiss().read_index(str(file)), positions, settings)
+
+
+def compared(query_QD: Tensor, position_QC: np.ndarray, k: int, rows: Callable[[np.ndarray], np.ndarray]) -> Neighbours:
+    """The k nearest of each query's candidates, compared in fp32; of equal ones that of the lower position.
+
+    Args:
+        query_QD: Unit vectors.
+        position_QC: Of the candidates, ascending.
+        k: How many; −1 and −∞ where there are fewer candidates.
+        rows: The stored vectors (C, D) at positions (C,).
+    """
+    positions, row_QC = np.unique(position_QC, return_inverse=True)
+    vectors = torch.from_numpy(rows(np.maximum(positions, 0)))[torch.from_numpy(row_QC.reshape(position_QC.shape))]
+    cosine_QC = torch.einsum("qd,qcd->qc", query_QD.float(), vectors)
+    cosine_QC[torch.from_numpy(position_QC < 0)] = -torch.inf
+    column_QK = highest(cosine_QC, k)
+    return Neighbours(np.take_along_axis(position_QC, column_QK.numpy(), 1), cosine_QC.gather(1, column_QK).numpy())
 
 
 def built_once(
