@@ -114,10 +114,12 @@ def fit(stage: Any, config: dict[str, Any], wants_help: bool) -> None:
 
     from datamodules.files import replace_file
     from lightning_modules.checkpoints import FOLDER, newest
+    from lightning_modules.loggers import spared
 
     class StageCLI(LightningCLI):
         def before_fit(self) -> None:
             replace_file(Path(self.trainer.default_root_dir) / "config.yaml", resolved)
+            self.trainer.loggers = spared(self.trainer.loggers)
 
         def after_fit(self) -> None:
             guard = self.model.guard
@@ -192,7 +194,9 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*JSONARGPARSE_DEPRECATION.*")  # Lightning 2.6 calls what jsonargparse renamed
     warnings.filterwarnings("ignore", message=".*has `__len__` defined.*")  # workers share the steps, see StepStream
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # the DataModule keeps the step
-    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # on a cluster's own machines, outside its jobs
+    warnings.filterwarnings(
+        "ignore", message=".*`srun` command is available.*"
+    )  # on a cluster's own machines, outside its jobs
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # two cores have no use for many
 
 

@@ -45,12 +45,13 @@ SlurmdParameters=config_overrides
 MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
-KillWait=5
+KillWait=30
 MessageTimeout=30
 SlurmdTimeout=10
 JobRequeue=1
+OverTimeLimit=1
 MinJobAge=600
-NodeName={host} NodeAddr=127.0.0.1 NodeHostname={host} CPUs=4 Boards=1 SocketsPerBoard=1 CoresPerSocket=4 ThreadsPerCore=1 \
+NodeName={host} NodeAddr=127.0.0.1 NodeHostname={host} CPUs=6 Boards=1 SocketsPerBoard=1 CoresPerSocket=6 ThreadsPerCore=1 \
 RealMemory=2000 State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES:4
 """
@@ -66,7 +67,7 @@ def found(name: str) -> str | None:
 
 
 class Cluster:
-    """A controller, a node of four cores and munge with a key of their own."""
+    """A controller, a node that believes to have six cores and munge with a key of their own."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.host = root, socket.gethostname().partition(".")[0]
@@ -95,7 +96,7 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}{self.logs()}"
         return done.stdout.strip()
@@ -121,13 +122,13 @@ class Cluster:
         lines = self.call("scontrol", "show", "job", job, "--oneliner").splitlines()
         return " ".join(sorted({line.split("JobState=")[1].split()[0] for line in lines}))
 
-    def wait(self, *jobs: str, seconds: float = 120.0) -> list[str]:
+    def wait(self, *jobs: str, seconds: float = 300.0) -> list[str]:
         """The states that they ended in."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
         self.until(lambda: all(set(self.state(job).split()) <= over for job in jobs), seconds)
         return [self.state(job) for job in jobs]
 
-    def until(self, holds: Callable[[], bool], seconds: float = 60.0) -> None:
+    def until(self, holds: Callable[[], bool], seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < deadline, f"{self.call('squeue')}\n{self.logs()}"

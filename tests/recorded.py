@@ -2,8 +2,9 @@
 
 import sys
 
-import train
 import zygote
+
+import train
 
 if __name__ == "__main__":
     zygote.instrument()

@@ -1,6 +1,7 @@
 """The words that a job gives to train.py, checked before it waits or runs, each closed by a NUL.
 
     python -m experiments.slurm.arguments stage conf=finetune ..         a command's own
+    python -m experiments.slurm.arguments tasks conf=finetune ..         `all` or `one`: of a node's processes, those it can use
     python -m experiments.slurm.arguments line 3 grid.txt runs/grid      those of the third line of a grid file
     python -m experiments.slurm.arguments blocks conf=generate ..        a command's, where an array can share its work
     python -m experiments.slurm.arguments grid grid.txt runs/grid        all lines checked, the file kept as runs/grid/grid.txt;
@@ -20,7 +21,7 @@ from typing import Any
 
 from datamodules.files import replace_file
 from lightning_modules.configuration import compose
-from train import parse_command_line
+from train import SHARED, parse_command_line
 
 RANKS = "ddp_find_unused_parameters_true"  # a batch of one task leaves the parts of others unused
 
@@ -38,11 +39,19 @@ def stage(*words: str) -> list[str]:
     return [*words, *(f"{key}={value}" for key, value in added.items() if key not in given)]
 
 
+def tasks(*words: str) -> list[str]:
+    """Whether a stage can use all processes of a job, or one."""
+    _, config = _read(words)
+    return ["all" if "trainer" in config or config.get("run") in SHARED else "one"]
+
+
 def line(number: str, grid: str, root: str) -> list[str]:
     """The words of a grid's line, with a root folder of its own."""
     words = _words(Path(grid), int(number))
     given, config = _read(words, f"line {number} of {grid}: ")
-    own = [] if "trainer" not in config or "trainer.default_root_dir" in given else [f"trainer.default_root_dir={root}/{number}"]
+    own = (
+        [] if "trainer" not in config or "trainer.default_root_dir" in given else [f"trainer.default_root_dir={root}/{number}"]
+    )
     return stage(*words, *own)
 
 
@@ -62,8 +71,10 @@ def grid(file: str, root: str) -> list[str]:
     path, kept = Path(file), Path(root, "grid.txt")
     text = path.read_text(encoding="utf-8")
     number = len(text.splitlines())
-    roots = [next(reversed([w for w in line(str(n), file, root) if w.startswith("trainer.default_root_dir=")]), n)
-             for n in range(1, number + 1)]
+    roots = [
+        next(reversed([w for w in line(str(n), file, root) if w.startswith("trainer.default_root_dir=")]), n)
+        for n in range(1, number + 1)
+    ]
     for n, own in enumerate(roots):
         if own in roots[:n]:
             raise ValueError(f"lines {roots.index(own) + 1} and {n + 1} of {file} have the same {own}; each needs its own")
@@ -101,9 +112,9 @@ def _read(words: tuple[str, ...] | list[str], where: str = "") -> tuple[set[str]
 
 
 if __name__ == "__main__":
-    kinds: dict[str, Callable[..., list[str]]] = {"stage": stage, "line": line, "blocks": blocks, "grid": grid}
+    kinds: dict[str, Callable[..., list[str]]] = {"stage": stage, "tasks": tasks, "line": line, "blocks": blocks, "grid": grid}
     try:
         found = kinds[sys.argv[1]](*sys.argv[2:])
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(found[0], end="") if sys.argv[1] == "grid" else print(*found, sep="\0", end="\0")
+    print(found[0], end="") if sys.argv[1] in ("grid", "tasks") else print(*found, sep="\0", end="\0")

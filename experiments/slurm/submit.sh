@@ -16,9 +16,11 @@ shift || true
 mkdir -p runs/slurm
 case $kind in
   stage)
-    "$PYTHON" -m experiments.slurm.arguments stage "$@" >/dev/null
+    useful=$("$PYTHON" -m experiments.slurm.arguments tasks "$@")
+    [[ $useful == all ]] || options+=(--nodes=1 --ntasks-per-node=1)
     ;;
   array)
+    (($# == 2)) || { echo "error: array needs a file of lines and a folder: submit.sh array grid.txt runs/grid" >&2; exit 1; }
     lines=$("$PYTHON" -m experiments.slurm.arguments grid "$@")
     options=(--array="1-$lines" "${options[@]}")
     set -- "$2/grid.txt" "$2"
