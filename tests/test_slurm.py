@@ -106,7 +106,8 @@ def restarts(cluster: Cluster, job: str) -> int:
 
 
 def said(cluster: Cluster, job: str) -> str:
-    return (cluster.root / "jobs" / f"{job}_4294967294.out").read_text()  # what %a is without an array
+    name = job if "_" in job else f"{job}_4294967294"  # what %a is without an array
+    return (cluster.root / "jobs" / f"{name}.out").read_text()
 
 
 def same(out: Path, reference: Path) -> None:
@@ -127,6 +128,7 @@ def test_an_array_is_preempted_goes_on_exactly_and_what_depends_on_it_waits(clus
         signal_after(cluster, f"{array}_{n}", runs / str(n), 6 + n, "--signal=USR1")
     assert cluster.wait(array, soup) == ["COMPLETED", "COMPLETED"], cluster.logs()
     assert [restarts(cluster, f"{array}_{n}") for n in (1, 2, 3, 4)] == [1, 1, 0, 0]
+    assert ["going on from" in said(cluster, f"{array}_{n}") for n in (1, 2, 3, 4)] == [True, True, False, False]
     for n in (1, 3, 4):
         same(runs / str(n), reference)
     assert weights_hash(runs / "2") != weights_hash(reference)
@@ -148,7 +150,8 @@ def test_a_job_goes_on_with_another_number_of_tasks_with_the_same_global_batches
     told = cluster.call(
         *("salloc", "--ntasks=2", "srun", str(cluster.root / "python"), "train.py", *words, *more), OMP_NUM_THREADS="1"
     )
-    assert "encoder in" in told
+    assert told.count("going on from") == 2
+    assert told.count("encoder in") == 1
     assert consumed_by_any(out) == consumed_by_any(reference)
 
 
@@ -188,4 +191,5 @@ def test_a_run_that_meets_its_time_limit_goes_on_exactly(cluster, limited, refer
     assert cluster.wait(job) == ["COMPLETED"], cluster.logs()
     assert restarts(cluster, job) >= 1
     assert "stopped by SIGUSR1 after step" in said(cluster, job)
+    assert "going on from" in said(cluster, job)
     same(out, reference)
