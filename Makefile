@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FAST ?= # overrides for a shortened quick start, such as trainer.max_steps=20
 
-.PHONY: quickstart test lint environment clean
+.PHONY: quickstart test test-slurm lint environment clean
 
 quickstart: .venv/.installed
 	$(BIN)/python train.py conf=quickstart/world $(WORLD)
@@ -15,6 +15,9 @@ quickstart: .venv/.installed
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest
+
+test-slurm: .venv/.installed-dev # real jobs on a slurm of one node: apt-get install slurm-wlm munge
+	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

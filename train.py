@@ -24,6 +24,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from omegaconf import OmegaConf
 
+from lightning_modules.cluster import join_step
 from lightning_modules.configuration import CONF, compose, limit_parser, not_allowed, stages, without_secrets
 
 ENVIRONMENT = {  # what is refused of it
@@ -32,12 +33,14 @@ ENVIRONMENT = {  # what is refused of it
     "USE_AIS_FOR": "webdataset would run a command to read",
     "JSONARGPARSE_DEFAULT_ENV": "keys would come from the environment, unchecked",
 }
+SHARED = ("lightning_modules.evaluate.evaluate",)  # functions whose processes share the work
 
 
 def main(arguments: list[str]) -> None:
     """Run what the command line asks for."""
     _refuse_shadowed_kernels()
     _refuse_environment()
+    join_step()
     conf, overrides, wants_help = parse_command_line(arguments)
     if conf is None:
         print(__doc__, "\nStages:", ", ".join(stages()))
@@ -111,10 +114,12 @@ def fit(stage: Any, config: dict[str, Any], wants_help: bool) -> None:
 
     from datamodules.files import replace_file
     from lightning_modules.checkpoints import FOLDER, newest
+    from lightning_modules.loggers import spared
 
     class StageCLI(LightningCLI):
         def before_fit(self) -> None:
             replace_file(Path(self.trainer.default_root_dir) / "config.yaml", resolved)
+            self.trainer.loggers = spared(self.trainer.loggers)
 
         def after_fit(self) -> None:
             guard = self.model.guard
@@ -140,6 +145,12 @@ def fit(stage: Any, config: dict[str, Any], wants_help: bool) -> None:
 
 def call(function: Any, config: dict[str, Any], wants_help: bool) -> None:
     """Call a function stage with its arguments from the configuration."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1 and f"{function.__module__}.{function.__name__}" not in SHARED:
+        raise ValueError(
+            f"{function.__name__} is the work of one process, {size} were begun for it; take one task a job, or an array where "
+            "it has array_index"
+        )
     limit_parser()
     parser = ArgumentParser(prog=f"train.py conf={function.__name__}", exit_on_error=wants_help)
     parser.add_function_arguments(function)
@@ -183,6 +194,9 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*JSONARGPARSE_DEPRECATION.*")  # Lightning 2.6 calls what jsonargparse renamed
     warnings.filterwarnings("ignore", message=".*has `__len__` defined.*")  # workers share the steps, see StepStream
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # the DataModule keeps the step
+    warnings.filterwarnings(
+        "ignore", message=".*`srun` command is available.*"
+    )  # on a cluster's own machines, outside its jobs
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # two cores have no use for many
 
 

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +42,7 @@ def recipe(
     Raises:
         ValueError: The graph is none, a stage failed, or one that it needs is not done.
     """
+    stages = {name: replace(spec, keys=_plain(spec.keys), array=_plain(spec.array)) for name, spec in stages.items()}
     runs = runs_of(Path(out), stages)
     if only is not None and only not in stages:
         raise ValueError(f"only is {only!r}; the recipe's stages are {', '.join(stages)}")
@@ -53,6 +56,13 @@ def recipe(
                 make(run, runs)
                 with locked(Path(out) / ".lineage.lock"):
                     write_lineage(Path(out), {name: one.folder for name, one in runs.items()})
+
+
+def _plain(value: Any) -> Any:
+    """Values as they were written: the parser makes a mapping that names a class something of its own."""
+    if isinstance(value, dict | Namespace):
+        return {key: _plain(inner) for key, inner in (value if isinstance(value, dict) else vars(value)).items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _is_asked_for(run: Run, only: str) -> bool:

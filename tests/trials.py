@@ -31,7 +31,8 @@ SMALL = [
     "model.objective.queue=10",  # and so must what is kept of past batches
 ]
 HANGS = 120.0  # seconds after which a run that should end is killed, and its test fails
-TWO_RANKS = ["trainer.devices=2", "trainer.strategy=ddp_find_unused_parameters_true", "trainer.accelerator=cpu"]
+RANKS = ["trainer.strategy=ddp_find_unused_parameters_true", "trainer.accelerator=cpu"]
+TWO_RANKS = ["trainer.devices=2", *RANKS]
 
 
 class Zygote:
@@ -60,15 +61,15 @@ class Zygote:
 
     def begin(self, out: Path, *more: str, world_size: int = 1, base: Sequence[str] = SMALL, **environment: str) -> "Run":
         out.mkdir(parents=True, exist_ok=True)
-        two = TWO_RANKS if world_size > 1 else []
-        arguments = [*base, f"data.root={self.world}", f"trainer.default_root_dir={out}", *two, *more]
+        ranks = [f"trainer.devices={world_size}", *RANKS] if world_size > 1 else []
+        arguments = [*base, f"data.root={self.world}", f"trainer.default_root_dir={out}", *ranks, *more]
         port = str(free_port())
         pids = []
         for rank in range(world_size):
-            ranks = {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world_size > 1 else {}
+            place = {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world_size > 1 else {}
             command = {
                 "arguments": arguments,
-                "environment": {**ranks, **environment},
+                "environment": {**place, **environment},
                 "log": str(out / f"log-{rank}"),
             }
             pids.append(self.ask(**command))
@@ -84,7 +85,7 @@ class Zygote:
 
 
 class Run:
-    """A run of one or two processes."""
+    """A run of one or more processes."""
 
     def __init__(self, zygote: Zygote, out: Path, pids: list[int]) -> None:
         self.zygote, self.out, self.pids = zygote, out, pids
@@ -152,6 +153,18 @@ def consumed(out: Path) -> dict[int, tuple[str, tuple[str, ...]]]:
         tasks = {task for task, _ in ranks.values()}
         assert len(tasks) == 1, f"ranks had different tasks at step {step}"
         whole[step] = (tasks.pop(), tuple(sorted(key for _, keys in ranks.values() for key in keys)))
+    return whole
+
+
+def consumed_by_any(out: Path) -> dict[int, tuple[str, set[str]]]:
+    """Step to task and keys over all ranks of a run whose number of ranks changed: not all of them have every step."""
+    whole: dict[int, tuple[str, set[str]]] = {}
+    for file in out.glob("consumed-rank*.jsonl"):
+        for line in file.read_text().splitlines():
+            step, task, keys = json.loads(line)
+            found = whole.setdefault(step, (task, set()))
+            assert found[0] == task, f"step {step} has another task after a resume"
+            found[1].update(keys)
     return whole
 
 
