@@ -14,7 +14,7 @@ quickstart: .venv/.installed
 	$(BIN)/python train.py conf=quickstart/evaluate
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slurm: .venv/.installed-dev # real jobs on a slurm of one node: apt-get install slurm-wlm munge
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py

@@ -9,7 +9,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported; on a GPU experiments/bench/loss.py checks them
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 from samples import TEXTS, TINY_TEXT, TINY_VIT  # noqa: E402
 from trials import Zygote  # noqa: E402

@@ -1,5 +1,6 @@
 """Promises of Embedder.embed: unit rows in the items' order, batches equal to singles, and a bad item is named."""
 
+import copy
 import importlib.resources
 from pathlib import Path
 
@@ -40,6 +41,7 @@ THINGS = [
 
 @pytest.fixture
 def embedder(tiny_encoder, processor, tmp_path) -> Embedder:
+    processor = copy.copy(processor)  # others use it too
     processor.first_ids = processor.first_ids or [0]  # so that an empty text is an item
     save_encoder(tmp_path / "encoder", tiny_encoder, processor, provenance={})
     found = Embedder.from_checkpoint(tmp_path / "encoder", device="cpu")

@@ -3,7 +3,9 @@
 Jobs are train.py as it is, begun by srun; nothing is forked from a process that has everything imported, as elsewhere.
 """
 
+import json
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -193,3 +195,24 @@ def test_a_run_that_meets_its_time_limit_goes_on_exactly(cluster, limited, refer
     assert "stopped by SIGUSR1 after step" in said(cluster, job)
     assert "going on from" in said(cluster, job)
     same(out, reference)
+
+
+def test_a_recipe_is_dependent_jobs_and_what_is_done_is_not_submitted_again(cluster, tmp_path):
+    stages: dict[str, dict] = {
+        "world": {"conf": "quickstart/world", "keys": {"num_train": 8, "num_test": 2, "num_workers": 1}},
+        "looked": {"conf": "quickstart/inspect", "keys": {"root": "@world"}, "array": [{"num_samples": 1}, {"num_samples": 2}]},
+    }
+    for stage in stages.values():
+        stage["slurm"] = {"output": f"{cluster.root}/jobs/%A_%a.out"}
+    command = [sys.executable, "train.py", "conf=recipe", f"out={tmp_path}", f"stages={json.dumps(stages)}"]
+    shown = cluster.call(*command, "action=submit")
+    world, looked = (line.partition(": job ")[2] for line in shown.splitlines())
+    assert "afterok" in cluster.call("scontrol", "show", "job", looked, "--oneliner")
+    again = cluster.call(*command, "action=submit").splitlines()
+    assert again[0] in (shown.splitlines()[0], "world: done before")
+    assert again[1] == shown.splitlines()[1]  # not submitted twice
+    assert cluster.wait(world, looked, seconds=500) == ["COMPLETED", "COMPLETED"], cluster.logs()
+    told = cluster.call(*command, "action=status")
+    assert told.count(" done ") == 3, told
+    assert cluster.call(*command, "action=submit").splitlines() == ["world: done before", "looked: done before"]
+    assert set(json.loads((tmp_path / "lineage.json").read_text())) == {"world", "looked.0", "looked.1"}
