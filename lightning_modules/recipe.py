@@ -1,6 +1,7 @@
 """`conf=recipe`: the stages of a model as a graph, run in order or as dependent Slurm jobs; what is done stays done."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from lightning_modules.lineage import read_record, write_lineage, write_record
 from lightning_modules.recipe_graph import ROOT, Run, Runs, StageSpec, runs_of
 from lightning_modules.recipe_runs import make, state_of
 
-SCRIPT = ROOT / "experiments" / "slurm" / "recipe.sbatch"
+SUBMIT = ROOT / "experiments" / "slurm" / "submit.sh"
 
 
 def recipe(
@@ -91,7 +92,7 @@ def submit(runs: Runs, words: list[str]) -> None:
             options = [f"--{name}={value}" for name, value in spec.slurm.items()]
             options += [f"--array={','.join(run.name.partition('.')[2] for run in todo)}"] if spec.array else []
             options += [f"--dependency=afterok:{':'.join(sorted(before))}"] if before else []
-            job = _sbatch([f"--job-name={stage}", *options, str(SCRIPT), *words, f"only={stage}"])
+            job = _submitted([f"--job-name={stage}", *options, "recipe", *words, f"only={stage}"])
             queued.add(job)
             for run in todo:
                 write_record(run.folder, {**read_record(run.folder), "job": job})
@@ -100,14 +101,13 @@ def submit(runs: Runs, words: list[str]) -> None:
         print(f"{stage}: " + (f"job {jobs[stage]}" if queued else "done before"), flush=True)
 
 
-def _sbatch(words: list[str]) -> str:
-    """The number of a job."""
-    try:
-        asked = subprocess.run(["sbatch", "--parsable", *words], capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise ValueError("there is no sbatch here; action=submit needs Slurm, action=run does without") from error
+def _submitted(words: list[str]) -> str:
+    """The number of a job that is submitted with the site's values."""
+    if shutil.which("sbatch") is None:
+        raise ValueError("there is no sbatch here; action=submit needs Slurm, action=run does without")
+    asked = subprocess.run(["bash", str(SUBMIT), "--parsable", *words], capture_output=True, text=True)
     if asked.returncode:
-        raise ValueError(f"sbatch refused {words[0]}: {' '.join(asked.stderr.split())}")
+        raise ValueError(f"Slurm refused {words[0]}: {' '.join(asked.stderr.split())}")
     return asked.stdout.strip().partition(";")[0]
 
 

@@ -31,11 +31,12 @@ case $kind in
     shift
     "$PYTHON" -m experiments.slurm.arguments blocks "$@" >/dev/null
     ;;
+  recipe) ;; # what conf=recipe action=submit calls
   *)
     echo "error: the form is: submit.sh [options of sbatch] stage|array|blocks ..; the first lines of $0 say more" >&2
     exit 1
     ;;
 esac
 log=runs/slurm/%x-%j.out
-[[ $kind == stage ]] || log=runs/slurm/%x-%A_%a.out
+[[ $kind == stage || $kind == recipe ]] || log=runs/slurm/%x-%A_%a.out
 exec sbatch --output="$log" "${options[@]}" "experiments/slurm/$kind.sbatch" "$@"
