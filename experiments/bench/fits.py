@@ -6,8 +6,8 @@ Weights, gradients and AdamW's two moments are in fp32 (bf16-mixed: products in 
 GPUs by FSDP2. Activations are what autograd saves of the tokens that are in memory at once on one GPU
 (`model.compute.max_tokens`): the bytes of a token in one layer are c · (1, hidden, MLP, queries, keys), all widths; the
 coefficients c are solved from what small Qwen3 models save under bf16 autocast, and checked on one more. With
-`checkpoint_layers` every layer keeps its input, and one layer at a time is whole. The loss's own memory and a gathered layer of
-FSDP2 are left out: both are small beside the rest, see loss.py.
+`checkpoint_layers` every layer keeps its input, and one layer at a time is whole. Left out: the loss's own memory, which is
+small (loss.py); and what FSDP2 gathers, which with several parts of a batch is the whole model (experiments/008_scale).
 """
 
 import argparse
