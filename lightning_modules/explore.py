@@ -104,7 +104,12 @@ class Desk:
         """Work until an interrupt."""
         with contextlib.suppress(KeyboardInterrupt):
             while True:
-                future, work = self._asked.get()
+                try:
+                    future, work = self._asked.get(
+                        timeout=0.5
+                    )  # a signal just before a wait without end would be slept through
+                except queue.Empty:
+                    continue
                 try:
                     future.set_result(work())
                 except Exception as error:

@@ -102,13 +102,13 @@ class Run:
             time.sleep(1.0)
 
     def wait(self) -> list[int]:
-        """Exit statuses, once all have ended; nothing of the run may be left two seconds later, and none may hang."""
+        """Exit statuses, once all have ended; nothing of the run may be left eight seconds later, and none may hang."""
         watch = threading.Timer(HANGS, self.kill)
         watch.start()
         statuses = [self.zygote.ask(wait=pid) for pid in self.pids]
         assert not watch.finished.is_set(), f"the run hung:\n{self.log()}"
         watch.cancel()
-        deadline = time.monotonic() + 2.0
+        deadline = time.monotonic() + 8.0
         while left := [pid for pid in self.pids if alive(pid)]:
             assert time.monotonic() < deadline, f"processes of the groups {left} outlived the run"
             time.sleep(0.02)
