@@ -194,9 +194,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*JSONARGPARSE_DEPRECATION.*")  # Lightning 2.6 calls what jsonargparse renamed
     warnings.filterwarnings("ignore", message=".*has `__len__` defined.*")  # workers share the steps, see StepStream
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # the DataModule keeps the step
-    warnings.filterwarnings(
-        "ignore", message=".*`srun` command is available.*"
-    )  # on a cluster's own machines, outside its jobs
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # on a cluster, outside of its jobs
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # two cores have no use for many
 
 

@@ -104,10 +104,8 @@ class Desk:
         """Work until an interrupt."""
         with contextlib.suppress(KeyboardInterrupt):
             while True:
-                try:
-                    future, work = self._asked.get(
-                        timeout=0.5
-                    )  # a signal just before a wait without end would be slept through
+                try:  # a signal that comes just before a wait without end would be slept through
+                    future, work = self._asked.get(timeout=0.5)
                 except queue.Empty:
                     continue
                 try:

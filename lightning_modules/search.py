@@ -34,9 +34,7 @@ from lightning_modules.neighbours import Index, IndexSettings, Kind, Neighbours,
 from lightning_modules.vectors import Chunk
 
 # Our choice.
-HELD_BYTES = (
-    2**31
-)  # of vectors that stay in memory; what is more is read from the store for each search, from npy by mapping it
+HELD_BYTES = 2**31  # of vectors in memory; of more, each search reads the store (npy is mapped)
 CHUNK = 8192  # vectors that are compared at a time
 QUERIES_AT_ONCE = 64  # whose candidates are compared again together
 PRINTED = 20  # queries whose finds are shown in the terminal

@@ -180,12 +180,14 @@ def test_no_configuration_is_fetched_from_an_address():
         "trainer.logger.0.class_path=CSVLogger",
         "trainer.callbacks=[{class_path: GradientAccumulationScheduler, init_args: {scheduling: {'4': 2}}}]",
         "trainer.strategy=lightning.pytorch.strategies.DDPStrategy",
+        "trainer.plugins=[lightning.pytorch.plugins.environments.SLURMEnvironment]",
         "data.root=code.json",  # also the name of a module
         "data.root=runs/os.Path",
         "model.encoder.backbone.towers.image.model=vit_tiny_patch16_224.augreg_in21k",
         "data.tasks.world/text-image.query_prompt='!note: Q&A *bold* | os.path: {text}'",
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*`srun` command is available")  # where Slurm is, outside of its jobs
 def test_ordinary_values_pass(override):
     assert "no shards in " in refused([*PREFINETUNE, override])
 

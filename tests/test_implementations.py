@@ -149,8 +149,10 @@ def test_two_runs_are_bitwise_equal():
     )
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    first, *others = (results(problem, 0.05) for _ in range(4))
-    torch.set_num_threads(before)
+    try:
+        first, *others = (results(problem, 0.05) for _ in range(4))
+    finally:
+        torch.set_num_threads(before)
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
