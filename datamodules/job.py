@@ -240,9 +240,13 @@ def digest_of(*described: Any) -> str:
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Held by one process at a time, until it ends in whatever way."""
+def locked(file: Path, *, waits: bool = True) -> Iterator[bool]:
+    """Held by one process at a time, until it ends in whatever way; yields whether it is, always so where it waits."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -1,5 +1,6 @@
 """Benchmarks while a stage trains: their scores in the log, the best encoder kept, and an end where nothing improves."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -7,19 +8,22 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from datamodules.files import replace_file
 from datamodules.tasks import BenchmarkSpec
 from lightning_modules.configuration import CONF, compose
 from lightning_modules.ema import averaged
 from lightning_modules.judge import Judge
 
 MEAN = "mean"
+SCORES = "benchmarks.json"
 
 
 class Benchmarks(Callback):
     """Judges the encoder every so many steps at full width, all ranks together, as it would be written then.
 
     The log has `benchmark/<name>` for each and `benchmark/mean`. The encoder of the best score is `encoder-best` in the run's
-    folder, and says what it reached. Learning itself is not touched: the weights are those of a run without it.
+    folder, and says what it reached; `benchmarks.json` has the scores of every judged step. Learning itself is not touched: the
+    weights are those of a run without it.
 
     Args:
         benchmarks: Files below conf/benchmarks, such as `pack_dev`; none judges nothing.
@@ -50,6 +54,7 @@ class Benchmarks(Callback):
         self.files, self.every_steps, self.score, self.patience = benchmarks, every_steps, score, patience
         self.root, self.batch_size, self.num_workers = root, batch_size, num_workers
         self.best, self.num_worse = -math.inf, 0
+        self.judged: dict[str, dict[str, float]] = {}
         self._specs: dict[str, BenchmarkSpec] = {}
         self._judge: Judge | None = None
         self._seen_step = 0
@@ -108,7 +113,9 @@ class Benchmarks(Callback):
     def _see(self, scores: dict[str, float], step: int, trainer: L.Trainer, pl_module: Any) -> None:
         reached = scores[self.score]
         is_better = reached > self.best
+        self.judged[str(step)] = scores
         if trainer.is_global_zero:
+            replace_file(Path(trainer.default_root_dir) / SCORES, json.dumps(self.judged, indent=1))
             told = "the best so far" if is_better else f"the best was {self.best:.4f}"
             print(f"step {step}: {self.score} of {len(self._specs)} benchmarks {reached:.4f}, {told}", flush=True)
         if is_better:
@@ -122,7 +129,7 @@ class Benchmarks(Callback):
                 print(f"ended early at step {step}: {self.num_worse} judgements without a better score", flush=True)
 
     def state_dict(self) -> dict[str, Any]:
-        told = {"best": self.best, "num_worse": self.num_worse, "judged_by": [self.score, *self.files]}
+        told = {"best": self.best, "num_worse": self.num_worse, "judged_by": [self.score, *self.files], "judged": self.judged}
         return told if self.files else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -130,3 +137,4 @@ class Benchmarks(Callback):
             print(f"the checkpoint's best is by {state_dict['judged_by']}, another score than this run's: it begins anew")
             return
         self.best, self.num_worse = state_dict["best"], state_dict["num_worse"]
+        self.judged = dict(state_dict.get("judged", {}))

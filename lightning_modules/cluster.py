@@ -6,7 +6,10 @@ Lightning's own reading of Slurm's variables is kept away. It saves and requeues
 
 import os
 import re
+from collections.abc import Collection, Mapping
+from typing import Any
 
+RANKS = "ddp_find_unused_parameters_true"  # a batch of one task leaves the parts of others unused
 FIRST_PORT, NUM_PORTS = 15_000, 10_000  # our choice: below those that connections get by themselves
 
 
@@ -37,6 +40,20 @@ def join_step() -> None:
     os.environ.update(joined)
     os.environ.setdefault("MASTER_ADDR", first_of(nodes))
     os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + (int(job) + 1009 * int(step)) % NUM_PORTS))
+
+
+def keys_of_job(config: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Further keys of a training stage that all processes of this job do together.
+
+    Args:
+        config: The stage's configuration.
+        given: Keys of the command line, which stay as they are.
+    """
+    num_nodes, num_processes = (int(os.environ.get(name) or 1) for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS_PER_NODE"))
+    keys: dict[str, Any] = {"trainer.num_nodes": num_nodes, "trainer.devices": num_processes}
+    if num_nodes * num_processes > 1 and config["trainer"].get("strategy", "auto") == "auto":
+        keys["trainer.strategy"] = RANKS
+    return {key: value for key, value in keys.items() if key not in given}
 
 
 def first_of(nodes: str) -> str:

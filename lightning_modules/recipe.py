@@ -15,8 +15,8 @@ from rich.table import Table
 
 from datamodules.job import locked
 from lightning_modules.lineage import read_record, write_lineage, write_record
-from lightning_modules.recipe_graph import ROOT, Run, Runs, StageSpec, runs_of
-from lightning_modules.recipe_runs import make, state_of
+from lightning_modules.recipe_graph import ROOT, Runs, StageSpec, runs_of
+from lightning_modules.recipe_runs import lock_of, make, state_of
 
 SUBMIT = ROOT / "experiments" / "slurm" / "submit.sh"
 
@@ -53,7 +53,7 @@ def recipe(
         submit(runs, sys.argv[1:])
     else:
         for run in runs.values():
-            if only is None or _is_asked_for(run, only):
+            if only is None or (run.stage == only and run.number in ("", os.environ.get("SLURM_ARRAY_TASK_ID", run.number))):
                 make(run, runs)
                 with locked(Path(out) / ".lineage.lock"):
                     write_lineage(Path(out), {name: one.folder for name, one in runs.items()})
@@ -64,11 +64,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict | Namespace):
         return {key: _plain(inner) for key, inner in (value if isinstance(value, dict) else vars(value)).items()}
     return [_plain(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _is_asked_for(run: Run, only: str) -> bool:
-    stage, _, number = run.name.partition(".")
-    return stage == only and os.environ.get("SLURM_ARRAY_TASK_ID", number) in (number, "" if number else "0")
 
 
 def submit(runs: Runs, words: list[str]) -> None:
@@ -82,20 +77,22 @@ def submit(runs: Runs, words: list[str]) -> None:
         ValueError: Slurm is not here, or refuses a job.
     """
     words, jobs = [word for word in words if word.partition("=")[0] != "action"], dict[str, str]()
-    for stage, spec in {run.name.partition(".")[0]: run.spec for run in runs.values()}.items():
-        own = [run for run in runs.values() if run.name.partition(".")[0] == stage]
+    for stage, spec in {run.stage: run.spec for run in runs.values()}.items():
+        own = [run for run in runs.values() if run.stage == stage]
         states = {run.name: state_of(run, runs) for run in own}
         todo = [run for run in own if states[run.name] not in ("done", "running", "submitted")]
-        before = {jobs[name.partition(".")[0]] for run in own for name in run.parents if name.partition(".")[0] in jobs}
+        before = {jobs[runs[name].stage] for run in own for name in run.parents if runs[name].stage in jobs}
         queued = {str(read_record(run.folder).get("job")) for run in own if states[run.name] in ("running", "submitted")}
         if todo:
             options = [f"--{name}={value}" for name, value in spec.slurm.items()]
-            options += [f"--array={','.join(run.name.partition('.')[2] for run in todo)}"] if spec.array else []
+            options += [f"--array={','.join(run.number for run in todo)}"] if spec.array else []
             options += [f"--dependency=afterok:{':'.join(sorted(before))}"] if before else []
             job = _submitted([f"--job-name={stage}", *options, "recipe", *words, f"only={stage}"])
             queued.add(job)
             for run in todo:
-                write_record(run.folder, {**read_record(run.folder), "job": job})
+                with locked(lock_of(run), waits=False) as is_ours:  # the job may have begun, and writes this itself
+                    if is_ours:
+                        write_record(run.folder, {**read_record(run.folder), "job": job})
         if queued:
             jobs[stage] = ":".join(sorted(queued))
         print(f"{stage}: " + (f"job {jobs[stage]}" if queued else "done before"), flush=True)

@@ -57,6 +57,15 @@ class Run(NamedTuple):
     parents: list[str]
 
     @property
+    def stage(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def number(self) -> str:
+        """Empty for the only run of a stage."""
+        return self.name.partition(".")[2]
+
+    @property
     def trains(self) -> bool:
         return "trainer" in self.config
 
@@ -80,10 +89,10 @@ def runs_of(out: Path, stages: dict[str, StageSpec]) -> Runs:
         if name is None:
             raise ValueError(f"the stages {', '.join(waiting)} need each other in a ring")
         spec, needs = stages[name], waiting.pop(name)
-        parents = [run for run in found if run.partition(".")[0] in needs]
+        parents = [run.name for run in found.values() if run.stage in needs]
         for number, more in enumerate(spec.array or [{}]):
             label, folder = (f"{name}.{number}", out / name / str(number)) if spec.array else (name, out / name)
-            found[label] = _run(label, spec, folder, {**spec.keys, **more}, parents)
+            found[label] = run_of(label, spec, folder, {**spec.keys, **more}, parents)
     return found
 
 
@@ -96,7 +105,12 @@ def _needs(name: str, spec: StageSpec, stages: dict[str, StageSpec]) -> set[str]
     return named
 
 
-def _run(name: str, spec: StageSpec, folder: Path, keys: dict[str, Any], parents: list[str]) -> Run:
+def run_of(name: str, spec: StageSpec, folder: Path, keys: dict[str, Any], parents: list[str]) -> Run:
+    """A run with its configuration composed.
+
+    Raises:
+        ValueError: There is no such configuration, or it wants values that the keys do not give.
+    """
     conf = CONF / f"{spec.conf}.yaml"
     if not conf.is_file():
         raise ValueError(f"stage {name!r} has conf={spec.conf}, but there is no {conf}")
@@ -137,8 +151,8 @@ def _paths(value: Any, run: Run, runs: Runs) -> list[str] | None:
     stage, number, rest = match[1], match[2], match[3] or ""
     if not stage:
         return [f"{run.folder}{rest}"]
-    named = [one for one in runs.values() if one.name.partition(".")[0] == stage]
-    chosen = [one for one in named if number is None or one.name.partition(".")[2] == number]
+    named = [one for one in runs.values() if one.stage == stage]
+    chosen = [one for one in named if number is None or one.number == number]
     if not chosen:
         raise ValueError(f"{value!r} of stage {run.name!r} names no run; {stage!r} has {len(named)}")
     return [f"{one.folder}{rest}" for one in chosen]

@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.job import digest_of, locked
+from lightning_modules.cluster import keys_of_job
 from lightning_modules.lineage import encoders_below, identity, inputs_of, read_record, revision, write_record
 from lightning_modules.recipe_graph import ROOT, Run, Runs, placed, words_of
 
@@ -24,6 +26,11 @@ def key_of(run: Run, runs: Runs) -> tuple[str, dict[str, str]]:
     """A hash of all that decides what a run makes, and its inputs from outside of the recipe."""
     inputs = inputs_of(run.config)
     return digest_of(run.config, inputs, [read_record(runs[name].folder).get("left") for name in run.parents]), inputs
+
+
+def lock_of(run: Run) -> Path:
+    """Held by the process that does a run."""
+    return run.folder.parent / f".{run.folder.name}.lock"
 
 
 def state_of(run: Run, runs: Runs) -> str:
@@ -40,6 +47,12 @@ def state_of(run: Run, runs: Runs) -> str:
     return "stopped" if record["state"] == "running" else record["state"]
 
 
+def claim(run: Run, runs: Runs) -> None:
+    """Have a run's record say that this process does it, before it is made; its caller sees to it that no other does so."""
+    key, inputs = key_of(run, runs)
+    write_record(run.folder, {**read_record(run.folder), "key": key, "inputs": inputs, "state": "running", **_here()})
+
+
 def make(run: Run, runs: Runs) -> None:
     """Do a run unless it is done.
 
@@ -47,7 +60,7 @@ def make(run: Run, runs: Runs) -> None:
         ValueError: A run that it needs is not done, or it failed.
         SystemExit: A signal ended it; a run that trains has left a checkpoint.
     """
-    with locked(run.folder.parent / f".{run.folder.name}.lock"):
+    with locked(lock_of(run)):
         for name in run.parents:
             if (state := state_of(runs[name], runs)) != "done":
                 raise ValueError(f"stage {run.name} needs {name}, which is {state}")
@@ -64,19 +77,20 @@ def make(run: Run, runs: Runs) -> None:
 
 
 def _attempt(run: Run, keys: dict[str, Any], record: dict[str, Any]) -> None:
+    config = run.config
+    if in_job := run.trains and "SLURM_JOB_ID" in os.environ:
+        keys |= keys_of_job(config, keys)
     words = [sys.executable, str(ROOT / "train.py"), f"conf={run.spec.conf}", *words_of(keys)]
-    if run.trains and "SLURM_JOB_ID" in os.environ:
-        words = ["srun", *words]
+    words = ["srun", "--wait=600", *words] if in_job else words  # seconds for the others once one process has ended
     print(f"{run.name}: {shlex.join(words[1:])}", flush=True)
     began, attempts = time.time(), record.get("attempts", [])
-    about = {"state": "running", "config": run.config, "parents": run.parents, "revision": revision()}
-    here = {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot_id(), "job": os.environ.get("SLURM_JOB_ID")}
-    record = {**record, **about, **here, "began": began, "attempts": attempts}
+    about = {"state": "running", "config": config, "parents": run.parents, "revision": revision()}
+    record = {**record, **about, **_here(), "began": began, "attempts": attempts}
     write_record(run.folder, record)
     status = _run_process(words)
     seconds = time.time() - began
     attempts.append({"began": began, "seconds": seconds, "status": status})
-    ended = {"state": "done" if status == 0 else "failed", "ended": time.time(), "devices": devices_of(run.config)}
+    ended = {"state": "done" if status == 0 else "failed", "ended": time.time(), "devices": devices_of(config, keys)}
     if status == 0:
         ended |= {"left": identity(run.folder), "encoders": encoders_below(run.folder)}
     elif status >= 128 or status < 0:
@@ -106,28 +120,45 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def devices_of(config: dict[str, Any]) -> int:
+def devices_of(config: dict[str, Any], keys: dict[str, Any]) -> int:
     """Devices that a training run takes, for its cost; 1 of anything else."""
     trainer = config.get("trainer", {})
-    sizes = [trainer.get(name, 1) for name in ("devices", "num_nodes")]
+    sizes = [keys.get(f"trainer.{name}", trainer.get(name, 1)) for name in ("devices", "num_nodes")]
     return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
+
+
+def _here() -> dict[str, Any]:
+    """What `is_running` knows this process by."""
+    process = {"pid": os.getpid(), "started": _started(os.getpid()), "boot": boot_id()}
+    return {**process, "host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID"), "began": time.time()}
 
 
 def is_running(record: dict[str, Any]) -> bool:
     """Whether the process that a record names is there: on this machine as a process, elsewhere as a job."""
     if record.get("boot") == boot_id():
-        return Path(f"/proc/{record['pid']}").exists()
+        return _started(record["pid"]) == record["started"] is not None
     return is_in_queue(record)
 
 
-def is_in_queue(record: dict[str, Any]) -> bool:
-    """Whether Slurm has the job of a record, waiting or running."""
-    if not record.get("job"):
-        return False
+def _started(pid: int) -> int | None:
+    """When a process started, in clock ticks since its machine did, which tells it from a later one of its number."""
     try:
-        asked = subprocess.run(["squeue", "-h", "-o", "%T", "-j", record["job"]], capture_output=True, text=True)
-    except FileNotFoundError:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def is_in_queue(record: dict[str, Any]) -> bool:
+    """Whether Slurm has the job of a record, waiting or running.
+
+    Raises:
+        ValueError: Slurm does not say.
+    """
+    if not record.get("job") or shutil.which("squeue") is None:
         return False
+    asked = subprocess.run(["squeue", "-h", "-o", "%T", "-j", record["job"]], capture_output=True, text=True)
+    if asked.returncode and "Invalid job id" not in asked.stderr:
+        raise ValueError(f"Slurm does not say whether job {record['job']} is there: {' '.join(asked.stderr.split())}")
     return bool(asked.stdout.strip())
 
 

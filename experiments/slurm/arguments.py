@@ -12,7 +12,6 @@ A training stage always goes on from its newest checkpoint, on as many processes
 """
 
 import ast
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -20,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import replace_file
+from lightning_modules.cluster import keys_of_job
 from lightning_modules.configuration import compose
 from train import SHARED, parse_command_line
-
-RANKS = "ddp_find_unused_parameters_true"  # a batch of one task leaves the parts of others unused
 
 
 def stage(*words: str) -> list[str]:
@@ -31,12 +29,8 @@ def stage(*words: str) -> list[str]:
     given, config = _read(words)
     if "trainer" not in config:
         return [*words]
-    trainer = config["trainer"]
-    num_nodes, num_processes = (int(os.environ.get(name) or 1) for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS_PER_NODE"))
-    added = {"ckpt_path": "newest", "trainer.num_nodes": num_nodes, "trainer.devices": num_processes}
-    if num_nodes * num_processes > 1 and trainer.get("strategy", "auto") == "auto":
-        added["trainer.strategy"] = RANKS
-    return [*words, *(f"{key}={value}" for key, value in added.items() if key not in given)]
+    added = {"ckpt_path": "newest"} if "ckpt_path" not in given else {}
+    return [*words, *(f"{key}={value}" for key, value in (added | keys_of_job(config, given)).items())]
 
 
 def tasks(*words: str) -> list[str]:

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Rates of the mixture "code" searched on dev splits, and what they are worth on test splits, from the repository's root:
+#   bash experiments/009_mixture_search/run.sh ../shared/data
+set -euo pipefail
+source=${1:?give the data pack, as ../shared/data}
+runs=runs/mixture_search
+stage() { echo "+ train.py $*"; .venv/bin/python train.py "$@"; }
+
+stage conf=prepare source="$source" out=shards/pack \
+  'sets=[text/agnews,code/cosqa,code/java_cs,code/nl2bash,code/wikisql]'
+for seed in 1 2 3; do
+  stage conf=code/prefinetune data.seed=$seed seed_everything=$seed trainer.default_root_dir=$runs/seed-$seed/first
+done
+for worker in 1 2; do # on two cores; more would join in the same way
+  OMP_NUM_THREADS=1 stage conf=mixture_search stage=code/finetune out=$runs/search 'benchmarks=[code_dev]' every_steps=50 \
+    "keys={model.init_from: $runs/seed-1/first/encoder, trainer.callbacks.0.init_args.leave: false}" alone_steps=[50,200] \
+    'grid={java_cs/*: [0.5, 1, 2], "*/text-code": [0.5, 1, 2]}' num_random=10 num_bayesian=15 &
+done
+wait
+stage conf=code/evaluate checkpoint=$runs/search/encoder out=$runs/search/test
+for seed in 1 2 3; do # the same rates from other pre-fine-tuned encoders
+  for rates in own seed best; do
+    mapfile -t words < <(.venv/bin/python experiments/009_mixture_search/table.py rates $runs/search $rates)
+    out=$runs/seed-$seed/$rates
+    stage conf=code/finetune data.seed=$seed seed_everything=$seed model.init_from=$runs/seed-$seed/first/encoder \
+      trainer.default_root_dir=$out "${words[@]}"
+    stage conf=code/evaluate checkpoint=$out/encoder out=$out
+  done
+done
+.venv/bin/python experiments/009_mixture_search/table.py table $runs
