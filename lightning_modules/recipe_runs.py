@@ -129,18 +129,18 @@ def devices_of(config: dict[str, Any], keys: dict[str, Any]) -> int:
 
 def _here() -> dict[str, Any]:
     """What `is_running` knows this process by."""
-    process = {"pid": os.getpid(), "started": _started(os.getpid()), "boot": boot_id()}
+    process = {"pid": os.getpid(), "started": started(os.getpid()), "boot": boot_id()}
     return {**process, "host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID"), "began": time.time()}
 
 
 def is_running(record: dict[str, Any]) -> bool:
     """Whether the process that a record names is there: on this machine as a process, elsewhere as a job."""
     if record.get("boot") == boot_id():
-        return _started(record["pid"]) == record["started"] is not None
+        return started(record["pid"]) == record.get("started") is not None
     return is_in_queue(record)
 
 
-def _started(pid: int) -> int | None:
+def started(pid: int) -> int | None:
     """When a process started, in clock ticks since its machine did, which tells it from a later one of its number."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

@@ -19,7 +19,7 @@ from lightning_modules.configuration import CONF, compose
 from lightning_modules.lineage import identity, read_record, write_record
 from lightning_modules.recipe import recipe
 from lightning_modules.recipe_graph import StageSpec, placed, runs_of
-from lightning_modules.recipe_runs import boot_id, key_of, state_of
+from lightning_modules.recipe_runs import boot_id, key_of, started, state_of
 
 WORLD = {"num_train": 8, "num_test": 2, "num_workers": 1}
 TRAINED = {
@@ -202,9 +202,10 @@ def test_a_signal_stops_the_stage_with_a_checkpoint_and_the_recipe_with_its_stat
 def test_a_record_of_a_process_that_is_gone_is_of_one_that_was_stopped(tmp_path):
     runs = runs_of(tmp_path, {"world": StageSpec("quickstart/world")})
     assert state_of(runs["world"], runs) == "waiting"
-    record = {"key": key_of(runs["world"], runs)[0], "state": "running", "pid": os.getpid(), "boot": boot_id(), "job": None}
+    here = {"pid": os.getpid(), "started": started(os.getpid()), "boot": boot_id(), "job": None}
+    record = {"key": key_of(runs["world"], runs)[0], "state": "running", **here}
     write_record(tmp_path / "world", record)
     assert state_of(runs["world"], runs) == "running"
-    for gone in ({"pid": 2**22 + 1}, {"boot": "another machine"}):
+    for gone in ({"pid": 2**22 + 1}, {"boot": "another machine"}, {"started": 1}):  # the last: a later process of its number
         write_record(tmp_path / "world", record | gone)
         assert state_of(runs["world"], runs) == "stopped"

@@ -12,11 +12,15 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, missing
 from samples import pairs
+from test_mixture_search import settings
+from test_recipe import TRAINED, WORLD
 from trials import ROOT, SMALL, TWO_RANKS, consumed, consumed_by_any, weights_hash
 
 from datamodules.assemble import assemble
 from datamodules.shards import Split, write_split
 from lightning_modules.checkpoints import FOLDER, in_order
+from lightning_modules.encoder.checkpoint import read_provenance
+from lightning_modules.lineage import read_record
 
 pytestmark = [
     pytest.mark.slurm,
@@ -216,3 +220,47 @@ def test_a_recipe_is_dependent_jobs_and_what_is_done_is_not_submitted_again(clus
     assert told.count(" done ") == 3, told
     assert cluster.call(*command, "action=submit").splitlines() == ["world: done before", "looked: done before"]
     assert set(json.loads((tmp_path / "lineage.json").read_text())) == {"world", "looked.0", "looked.1"}
+
+
+def test_a_recipe_trains_on_all_processes_of_its_jobs_and_goes_on_exactly_when_preempted(cluster, tmp_path):
+    """Two equal runs of two tasks each, of which one is preempted; their soup waits for both."""
+    output = {"output": f"{cluster.root}/jobs/%A_%a.out"}
+    stages: dict[str, dict] = {
+        "world": {"conf": "quickstart/world", "keys": WORLD},
+        "first": {
+            "conf": "quickstart/prefinetune",
+            "keys": {**TRAINED, "trainer.max_steps": 150, "trainer.accelerator": "cpu"},
+            "array": [{"data.seed": 1}, {"data.seed": 1}],
+        },
+        "soup": {"conf": "soup", "keys": {"checkpoints": ["@first/encoder"], "out": "@/encoder"}},
+    }
+    command = [sys.executable, "train.py", "conf=recipe", f"out={tmp_path}"]
+    command.append(f"stages={json.dumps({name: stage | {'slurm': output} for name, stage in stages.items()})}")
+    shown = cluster.call(*command, "action=submit", TASKS_PER_NODE="2")
+    jobs = [line.partition(": job ")[2] for line in shown.splitlines()]
+    cluster.until(lambda: len(in_order(tmp_path / "first" / "0" / FOLDER)) > 1, seconds=200)
+    cluster.call("scancel", "--batch", "--signal=USR1", f"{jobs[1]}_0")
+    assert cluster.wait(*jobs, seconds=500) == ["COMPLETED"] * 3, cluster.logs()
+    assert [restarts(cluster, f"{jobs[1]}_{n}") for n in (0, 1)] == [1, 0]
+    records = [read_record(tmp_path / "first" / str(n)) for n in (0, 1)]
+    assert [[attempt["status"] for attempt in record["attempts"]] for record in records] == [[138, 0], [0]]
+    assert [record["devices"] for record in records] == [2, 2]
+    assert "going on from" in said(cluster, f"{jobs[1]}_0")
+    hashes = [weights_hash(tmp_path / "first" / str(n)) for n in (0, 1)]
+    assert hashes[0] == hashes[1]
+    assert [parent["sha256"] for parent in read_provenance(tmp_path / "soup" / "encoder")["parents"]] == hashes
+
+
+def test_jobs_share_a_mixture_search_and_one_that_is_preempted_comes_back(cluster, world, tmp_path):
+    out = tmp_path / "search"
+    wanted = settings(world, num_random=2, num_winners=3, every_steps=4)
+    wanted["keys"] |= {"trainer.accelerator": "cpu"}
+    words = ["conf=mixture_search", f"out={out}", *(f"{name}={json.dumps(value)}" for name, value in wanted.items())]
+    job = submit(cluster, "workers", "2", *words)
+    cluster.until(lambda: (out / "seed" / "stage.json").exists() and (out / "random" / "0" / "stage.json").exists())
+    cluster.call("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    assert cluster.wait(job, seconds=500) == ["COMPLETED"], cluster.logs()
+    assert [restarts(cluster, f"{job}_{n}") for n in (0, 1)] == [1, 0]
+    trials = json.loads((out / "mixture.json").read_text())["trials"]
+    assert sorted(name for name, trial in trials.items() if "score" in trial) == ["random.0", "random.1", "seed"]
+    assert len(read_provenance(out / "encoder")["parents"]) == 3

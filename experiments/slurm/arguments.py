@@ -4,6 +4,7 @@
     python -m experiments.slurm.arguments tasks conf=finetune ..         `all` or `one`: of a node's processes, those it can use
     python -m experiments.slurm.arguments line 3 grid.txt runs/grid      those of the third line of a grid file
     python -m experiments.slurm.arguments blocks conf=generate ..        a command's, where an array can share its work
+    python -m experiments.slurm.arguments workers conf=mixture_search ..  a command's, where several jobs can share its trials
     python -m experiments.slurm.arguments grid grid.txt runs/grid        all lines checked, the file kept as runs/grid/grid.txt;
                                                                          prints their number
 
@@ -22,6 +23,8 @@ from datamodules.files import replace_file
 from lightning_modules.cluster import keys_of_job
 from lightning_modules.configuration import compose
 from train import SHARED, parse_command_line
+
+SEARCH = "lightning_modules.mixture_search.mixture_search"
 
 
 def stage(*words: str) -> list[str]:
@@ -57,6 +60,14 @@ def blocks(*words: str) -> list[str]:
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     if not any(argument.arg == "array_index" for node in found for argument in (*node.args.args, *node.args.kwonlyargs)):
         raise ValueError(f"{words[0]} has no blocks that an array could share; submit it with: submit.sh stage")
+    return [*words]
+
+
+def workers(*words: str) -> list[str]:
+    """The words of a search whose trials several jobs can share."""
+    _, config = _read(words)
+    if config.get("run") != SEARCH:
+        raise ValueError(f"{words[0]} has no trials that several jobs could share; conf=mixture_search has")
     return [*words]
 
 
@@ -106,7 +117,14 @@ def _read(words: tuple[str, ...] | list[str], where: str = "") -> tuple[set[str]
 
 
 if __name__ == "__main__":
-    kinds: dict[str, Callable[..., list[str]]] = {"stage": stage, "tasks": tasks, "line": line, "blocks": blocks, "grid": grid}
+    kinds: dict[str, Callable[..., list[str]]] = {
+        "stage": stage,
+        "tasks": tasks,
+        "line": line,
+        "blocks": blocks,
+        "workers": workers,
+        "grid": grid,
+    }
     try:
         found = kinds[sys.argv[1]](*sys.argv[2:])
     except (ValueError, OSError) as error:

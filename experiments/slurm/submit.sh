@@ -3,6 +3,7 @@
 #   bash experiments/slurm/submit.sh [--nodes=2 --dependency=afterok:17 ..] stage conf=finetune data.root=shards/pack ..
 #   bash experiments/slurm/submit.sh [..] array grid.txt runs/grid      a run for each line, in runs/grid/<number of the line>
 #   bash experiments/slurm/submit.sh [..] blocks 16 conf=generate ..    a data stage, its blocks shared by 16 tasks
+#   bash experiments/slurm/submit.sh [..] workers 8 conf=mixture_search ..   its trials shared by 8 jobs; more can join
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source "${SITE:-experiments/slurm/site.sh}"
@@ -31,12 +32,19 @@ case $kind in
     shift
     "$PYTHON" -m experiments.slurm.arguments blocks "$@" >/dev/null
     ;;
+  workers)
+    [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || { echo "error: workers needs a number of jobs: submit.sh workers 8 conf=.." >&2; exit 1; }
+    options=(--job-name=workers --array="0-$(($1 - 1))" "${options[@]}")
+    shift
+    "$PYTHON" -m experiments.slurm.arguments workers "$@" >/dev/null
+    script=recipe
+    ;;
   recipe) ;; # what conf=recipe action=submit calls
   *)
-    echo "error: the form is: submit.sh [options of sbatch] stage|array|blocks ..; the first lines of $0 say more" >&2
+    echo "error: the form is: submit.sh [options of sbatch] stage|array|blocks|workers ..; the first lines of $0 say more" >&2
     exit 1
     ;;
 esac
 log=runs/slurm/%x-%j.out
 [[ $kind == stage || $kind == recipe ]] || log=runs/slurm/%x-%A_%a.out
-exec sbatch --output="$log" "${options[@]}" "experiments/slurm/$kind.sbatch" "$@"
+exec sbatch --output="$log" "${options[@]}" "experiments/slurm/${script:-$kind}.sbatch" "$@"
