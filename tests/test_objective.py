@@ -1,6 +1,5 @@
 """Promises of the objective: golden values, a plain sum of its named terms, centring that leaves nothing behind, a true log."""
 
-import inspect
 import math
 from typing import Any
 
@@ -9,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import kernels.contrastive
 from datamodules.curation.negatives import reciprocal_rank_fusion
 from experiments.bench.loss import peak_bytes
-from kernels.contrastive import contrastive_loss
+from kernels.contrastive import ContrastiveLoss, contrastive_loss
 from kernels.spread_out import spread_out_loss
 from lightning_modules.objective.health import CollapseWatch, first_line, guarded_share, health
-from lightning_modules.objective.objective import Objective, ObjectiveConfig
+from lightning_modules.objective.objective import Objective, ObjectiveConfig, Vectors
 from lightning_modules.objective.queue import Queue
 
 RANDOM = torch.Generator().manual_seed(0)
@@ -26,7 +27,6 @@ HARD: dict[str, Any] = {
     "negative_id": torch.tensor([1, 9, 10, 11]),
     "negative_row": torch.tensor([1, 1, 3, 5]),
 }
-KERNEL_HAS_MARGIN = "margin" in inspect.signature(contrastive_loss).parameters
 
 
 def objective(prefixes: tuple[int, ...] = (4, 8), width: int = 8, **config: Any) -> Objective:
@@ -292,7 +292,6 @@ def test_the_guarded_share_is_that_of_pairs_nearer_than_the_own_by_more_than_the
     assert found.item() == pytest.approx(len(guarded) / (3 * 7))
 
 
-@pytest.mark.skipif(not KERNEL_HAS_MARGIN, reason="kernels.contrastive has no margin yet")
 def test_with_a_margin_nearer_candidates_do_not_count():
     out = objective((8,), spread_out=0.0, margin=0.1, temperature=0.2)(QUERY, TARGET, **IDS)
     cosine = torch.cosine_similarity(QUERY[:, None], TARGET, dim=-1)
@@ -305,6 +304,31 @@ def test_with_a_margin_nearer_candidates_do_not_count():
     assert out.total.item() == pytest.approx(sum(losses) / 6, rel=1e-5)
     assert out.parts["guarded_share"].item() == pytest.approx(num_guarded / 30)
     assert num_guarded
+
+
+@pytest.mark.parametrize(
+    ("device", "is_on", "reached"), [("cuda", True, "triton"), ("cuda", False, "chunked"), ("cpu", True, "chunked")]
+)
+def test_under_autocast_on_a_gpu_the_loss_is_tritons(device, is_on, reached, monkeypatch):
+    """Encoders' vectors are fp32; what autocast would multiply in bf16 is what the kernel takes."""
+    asked = []
+
+    def solve(problem: Any, implementation: str) -> ContrastiveLoss:
+        asked.append((implementation, problem.query_BD.dtype, problem.passage_ND.dtype, problem.negative_MD.dtype))
+        zero = problem.query_BD.float().sum()
+        return ContrastiveLoss(zero, zero.expand(2))
+
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=None: is_on)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type: torch.bfloat16)
+    monkeypatch.setattr(kernels.contrastive, "solve", solve)
+    monkeypatch.setattr(kernels.contrastive, "_check", lambda problem: None)  # it looks at values, which fake tensors lack
+    monkeypatch.setattr(kernels.contrastive, "_why_not_triton", lambda device, dtype: None)
+    with FakeTensorMode():
+        vectors = torch.ones(2, 6, 8, device=device)
+        ids = torch.zeros(6, dtype=torch.long, device=device)
+        given = Vectors(vectors[0], vectors[1], ids, ids, slice(0, 6), vectors[1], ids, ids)
+        objective()._contrastive(given, None)
+    assert asked == [(reached, *[torch.bfloat16 if reached == "triton" else torch.float32] * 3)]
 
 
 def test_a_value_that_is_not_finite_makes_the_total_nan_and_reaches_every_parameter():

@@ -109,6 +109,13 @@ class Vectors(NamedTuple):
     negative_row_M: Tensor | None
 
 
+def as_multiplied(vector: Tensor | None) -> Any:
+    """A matrix in the half precision that autocast on a GPU would multiply it in, which Triton's kernel takes; else as it is."""
+    if vector is None or vector.device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return vector
+    return vector.to(torch.get_autocast_dtype("cuda"))
+
+
 class Objective(nn.Module):
     """The weighted sum of the terms, and what is learnt or kept for it beside the encoder.
 
@@ -265,6 +272,10 @@ class Objective(nn.Module):
     def _contrastive(self, vectors: Vectors, past: Past | None) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's rows against all columns; where they see all ranks' hard negatives, all rows, the same on every rank."""
         own = vectors.own if self.config.negatives == "own" else slice(0, len(vectors.query_GD))
+        query_GD, target_GD, negative_MD = map(as_multiplied, (vectors.query_GD, vectors.target_GD, vectors.negative_MD))
+        vectors = vectors._replace(query_GD=query_GD, target_GD=target_GD, negative_MD=negative_MD)
+        if past is not None:
+            past = past._replace(target_QD=as_multiplied(past.target_QD))
         columns = (vectors.target_GD, vectors.query_id_G, vectors.target_id_G)
         if past is not None:
             columns = tuple(torch.cat(pair) for pair in zip(columns, past, strict=True))
