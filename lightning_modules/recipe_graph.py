@@ -7,6 +7,7 @@ an item of a list that names such a stage becomes one item for each of its runs.
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ class StageSpec:
 
     Args:
         conf: Its configuration, as on the command line.
-        keys: What else the command line says: dotted keys to values.
+        keys: What else the command line says: dotted keys to values; a mapping is added to what the configuration has there.
         after: Stages that come first although no key names them.
         array: Further keys of each run, for a stage that is run several times; empty for one that is run once.
         slurm: Options of sbatch for its jobs, as {gres: "gpu:8", nodes: 2, time: "24:00:00"}.
@@ -114,12 +115,25 @@ def run_of(name: str, spec: StageSpec, folder: Path, keys: dict[str, Any], paren
     conf = CONF / f"{spec.conf}.yaml"
     if not conf.is_file():
         raise ValueError(f"stage {name!r} has conf={spec.conf}, but there is no {conf}")
-    plain = compose(conf, words_of(keys), resolve=False)
+    plain = compose(conf, [], resolve=False)
+    keys = dict(leaf for key, value in keys.items() for leaf in _leaves(key, value, plain))
     if "trainer" in plain:
         keys = {"trainer.default_root_dir": "@", "ckpt_path": "newest"} | keys
     elif "out" in plain:
         keys = {"out": "@"} | keys
     return Run(name, spec, folder, keys, compose(conf, words_of(keys)), parents)
+
+
+def _leaves(key: str, value: Any, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A key, or those within a mapping that is added to one of the configuration."""
+    there: Any = config
+    for name in key.split("."):
+        there = there.get(name) if isinstance(there, dict) else None
+    if isinstance(value, dict) and isinstance(there, dict) and there:
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner, config)
+    else:
+        yield key, value
 
 
 def words_of(keys: dict[str, Any]) -> list[str]:

@@ -285,24 +285,28 @@ def test_processes_that_join_and_are_killed_make_one_search(world, tmp_path, num
 
 
 def test_the_three_experts_are_a_recipe():
-    config = compose(CONF / "experts.yaml", [])
-    assert [each["stage"] for each in config["stages"]["search"]["array"]] == [
-        "finetune_task",
-        "finetune_language",
-        "finetune_code",
-    ]
-    search = compose(CONF / "mixture_search.yaml", ["stage=finetune_code"])
-    for each in config["stages"]["search"]["array"]:
-        given = {name: value for name, value in search.items() if name not in ("run", "stage", "keys", "action", "out")}
-        names = ("benchmarks", "every_steps", "score")
+    config = compose(CONF / "experts.yaml", [])["stages"]["search"]
+    assert [each["stage"] for each in config["array"]] == ["finetune_task", "finetune_language", "finetune_code"]
+    for each in config["array"]:
+        given = compose(CONF / "mixture_search.yaml", [f"{key}={json.dumps(value)}" for key, value in each.items()])
         found = Search(
             Path("out"),
             each["stage"],
-            config["stages"]["search"]["keys"]["keys"],
-            judged={name: given[name] for name in names},
+            config["keys"]["keys"],
+            judged={name: given[name] for name in ("benchmarks", "every_steps", "score")},
             alone={"steps": given["alone_steps"], "scores": given["alone_scores"]},
             plan={name: given[name] for name in ("grid", "num_random", "num_bayesian", "seed")},
             num_winners=given["num_winners"],
             without=[],
         )
         assert len(found.plan.tasks) >= 5
+        for name in given["benchmarks"]:
+            assert {spec["shards"].partition("-")[2] or spec["shards"] for spec in benchmarks(name)} <= DEV
+
+
+DEV = {"dev"} | {f"text/{name}/dev" for name in ("agnews", "clinc150", "tweet_emotion")}
+DEV |= {f"code/{name}/dev" for name in ("java_cs", "nl2bash", "wikisql")}
+
+
+def benchmarks(name: str) -> list[dict[str, Any]]:
+    return list(compose(CONF / "benchmarks" / f"{name}.yaml", [])["benchmarks"].values())

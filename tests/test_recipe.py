@@ -72,6 +72,22 @@ def test_places_become_paths_and_several_runs_several_items():
     assert placed(runs["soup"].keys, runs["soup"], runs)["checkpoints"] == ["out/tuned/1/encoder", "a@b"]
 
 
+def test_a_mapping_is_added_to_what_the_stage_has():
+    """As `stages.first.keys.trainer.max_steps=6` on the command line gives one."""
+    given = {"trainer": {"max_steps": 6}, "data.tasks": {"world/text-text": {"rate": 0.5}}, "data.root": "@world"}
+    run = runs_of(Path("out"), stages(first=StageSpec("quickstart/prefinetune", given)))["first"]
+    plain = compose(CONF / "quickstart/prefinetune.yaml", [])
+    assert run.config["trainer"] == {**plain["trainer"], "max_steps": 6, "default_root_dir": "@"} | {
+        "logger": run.config["trainer"]["logger"]
+    }
+    tasks = plain["data"]["tasks"]
+    assert run.config["data"]["tasks"] == {**tasks, "world/text-text": {**tasks["world/text-text"], "rate": 0.5}}
+    search = StageSpec("mixture_search", {"stage": "a", "grid": {"*/b": [1.0]}, "keys": {"data.root": "@world"}})
+    search = runs_of(Path("out"), stages(first=search))["first"]
+    assert search.config["grid"] == {"*/b": [1.0]}
+    assert search.config["keys"] == {"data.root": "@world"}
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -96,10 +112,19 @@ def test_a_place_that_is_not_one_is_refused(place, message):
         placed(runs["looked"].keys, runs["looked"], runs)
 
 
-def test_the_recipe_that_is_written_is_a_graph():
-    config = compose(CONF / "recipe.yaml", [])
+TUNED = ["finetune.0", "finetune.1", "soup"]
+FULL = ["world", "adapt", "prefinetune", "mine", "assemble", *TUNED, "quantize", "evaluate.0", "evaluate.1", "export"]
+EXPERTS = ["search.0", "search.1", "search.2", "soup"]
+
+
+@pytest.mark.parametrize(
+    ("conf", "names"),
+    [("recipe", ["world", "prefinetune", *TUNED, "evaluate"]), ("recipe_full", FULL), ("experts", EXPERTS)],
+)
+def test_the_recipes_that_are_written_are_graphs(conf, names):
+    config = compose(CONF / f"{conf}.yaml", [])
     runs = runs_of(Path("out"), {name: StageSpec(**spec) for name, spec in config["stages"].items()})
-    assert list(runs) == ["world", "prefinetune", "finetune.0", "finetune.1", "soup", "evaluate"]
+    assert list(runs) == names
     assert all(placed(run.keys, run, runs) for run in runs.values())
 
 

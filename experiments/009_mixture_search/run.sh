@@ -11,9 +11,11 @@ stage conf=prepare source="$source" out=shards/pack \
 for seed in 1 2 3; do
   stage conf=code/prefinetune data.seed=$seed seed_everything=$seed trainer.default_root_dir=$runs/seed-$seed/first
 done
+own='agnews/title-body: agnews_dev/text-text, java_cs/java-csharp: java_cs_dev/code-code'
+own+=', nl2bash/text-code: nl2bash_dev/text-code, wikisql/text-code: wikisql_dev/text-code'
 for worker in 1 2; do # on two cores; more would join in the same way
-  OMP_NUM_THREADS=1 stage conf=mixture_search stage=code/finetune out=$runs/search 'benchmarks=[code_dev]' every_steps=50 \
-    "keys={model.init_from: $runs/seed-1/first/encoder, trainer.callbacks.0.init_args.leave: false}" alone_steps=[50,200] \
+  OMP_NUM_THREADS=1 stage conf=mixture_search stage=code/finetune out=$runs/search 'benchmarks=[code_dev]' every_steps=25 \
+    "keys={model.init_from: $runs/seed-1/first/encoder}" alone_steps=[200] "alone_scores={$own}" \
     'grid={java_cs/*: [0.5, 1, 2], "*/text-code": [0.5, 1, 2]}' num_random=10 num_bayesian=15 &
 done
 wait

@@ -110,7 +110,7 @@ class Vectors(NamedTuple):
 
 
 def as_multiplied(vector: Tensor | None) -> Any:
-    """A matrix in the half precision that autocast on a GPU would multiply it in, which Triton's kernel takes; else as it is."""
+    """A matrix in the half precision that autocast on a GPU multiplies in, which Triton's kernel takes; else as it is."""
     if vector is None or vector.device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
         return vector
     return vector.to(torch.get_autocast_dtype("cuda"))
