@@ -16,7 +16,8 @@ from datamodules.job import digest_of
 from datamodules.record import read_json
 
 RECORD = "stage.json"
-MARKS = ("encoder.json", "manifest.json", "results.json", "embeddings.json", "export.json")  # each says what lies beside it
+# Each says what lies beside it.
+MARKS = ("encoder.json", "manifest.json", "results.json", "embeddings.json", "modules.json", "onnx.json")
 
 
 def identity(path: Path) -> str | None:

@@ -97,6 +97,8 @@ def mixture_search(
     )
     if action == "run":
         search.work()
+    elif not (search.out / LEDGER).is_file():
+        raise ValueError(f"there is no search in {out}")
     search.show()
 
 
@@ -198,12 +200,8 @@ class Search:
                 return run, []
         for name, trial in self._planned():
             if name not in self._trials and name not in self.without:
-                score = (
-                    self.alone_scores.get(*trial.rates, self.judged["score"])
-                    if name.startswith(ALONE)
-                    else self.judged["score"]
-                )
-                self._trials[name] = trial._asdict() | {"judged_by": score}
+                own = self.alone_scores.get(next(iter(trial.rates))) if name.startswith(ALONE) else None
+                self._trials[name] = trial._asdict() | {"judged_by": own or self.judged["score"]}
                 self._write()
                 run = self.run_of(name)
                 claim(run, {name: run})
@@ -286,11 +284,10 @@ class Search:
         for name, trial in sorted(self._trials.items(), key=lambda one: -one[1].get("score", -math.inf)):
             if name.startswith(ALONE):
                 continue
-            found = (
-                [f"{trial['score']:.4f}", f"{trial['steps']:,}", f"{trial['hours']:.2f}"] if "score" in trial else ["", "", ""]
-            )
+            score, steps, hours = (trial.get(each) for each in ("score", "steps", "hours"))
+            found = ["", "", ""] if score is None else [f"{score:.4f}", f"{steps:,}", f"{hours:.2f}"]
             rates = sorted(trial["rates"].items(), key=lambda one: -one[1])
-            told = name if "score" in trial else f"{name} ({states.get(name, 'left out')})"
+            told = name if score is not None else f"{name} ({states.get(name, 'left out')})"
             look = "bold" if name in self.winners() else ""
             table.add_row(told, *found, ", ".join(f"{task} {share:.2f}" for task, share in rates), style=look)
         console.print(table)

@@ -241,6 +241,7 @@ def test_a_trial_that_fails_is_tried_again_or_left_out(world, forked, zygote, mo
         ({"stage": "soup", "keys": {"checkpoints": ["a"]}}, "stage soup trains on no tasks"),
         ({"benchmarks": []}, "there is nothing to judge mixtures by"),
         ({"num_winners": 3}, "num_winners is 3; allowed: 1 to the number of mixtures"),
+        ({"action": "status"}, "there is no search in "),
         ({"alone_scores": {"world/x": "world/text-text"}}, "alone_scores: 'world/x' is no task of the mixture"),
     ],
 )
