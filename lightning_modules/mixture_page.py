@@ -56,7 +56,7 @@ def _mixtures_section(plan: Plan, mixtures: Trials, winners: Sequence[str]) -> s
     table = '<div class="scroll"><table><thead>{}</thead><tbody>{}</tbody></table></div>'
     shown = table.format(head, "".join(rows[:MANY]))
     shown += folded(f"{len(rows) - MANY} more", table.format(head, "".join(rows[MANY:]))) if len(rows) > MANY else ""
-    kinds = "".join(f"<dt>{kind}</dt><dd>{told}</dd>" for kind, told in KINDS.items() if kind != ALONE)
+    kinds = "".join(f"<div><dt>{kind}</dt><dd>{told}</dd></div>" for kind, told in KINDS.items() if kind != ALONE)
     return (
         '<section id="mixtures"><h2>Mixtures</h2><p class="note">Shares of the steps, and the score of the best step. '
         f"In bold: those whose encoders are averaged.</p>{shown}<dl>{kinds}</dl></section>"

@@ -22,7 +22,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 ALONE, SEED, GRID, RANDOM, BAYESIAN = "alone", "seed", "grid", "random", "bayesian"
 KINDS = {  # in the order in which they are tried
     ALONE: "one task alone, for its best number of steps",
-    SEED: "rates in proportion to these",
+    SEED: "rates in proportion to each task's best number of steps, else the stage's own",
     GRID: "the seed, with rates times factors",
     RANDOM: "drawn, every mixture equally likely",
     BAYESIAN: "proposed by a Gaussian process that was fitted to all mixtures before",
