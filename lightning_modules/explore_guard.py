@@ -33,8 +33,11 @@ class Guard:
         self.app, self.folders = app, [Path(folder).resolve() for folder in folders]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # the page opens no socket
+            await send({"type": "websocket.close", "code": 1008})
             return
         path = scope["path"]
         if not self._is_known(path):

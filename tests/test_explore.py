@@ -200,6 +200,19 @@ def answer_of(guard: Guard, path: str, body: bytes = b"") -> int:
     return sent[0]["status"]
 
 
+def test_no_socket_is_opened():
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def never(*_: Any) -> Any:
+        raise AssertionError
+
+    asyncio.run(Guard(never, [])({"type": "websocket", "path": "/"}, never, send))
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
 def test_only_the_pages_own_requests_are_answered(tmp_path):
     seen = []
 
