@@ -226,7 +226,7 @@ def _wav(samples: Any, rate: Any) -> bytes:
         raise BadExampleError(f"sound is {samples.dtype} {samples.shape}; it must be float or int16, (T,)", "unknown type")
     if samples.ndim == 2 and len(samples) > MAX_CHANNELS:
         raise BadExampleError(f"sound of {len(samples)} channels; its array must be (channels, T)", "unknown type")
-    if not (isinstance(rate, int | float | np.number) and rate == int(rate) and rate > 0):
+    if not (isinstance(rate, int | float | np.number) and np.isfinite(rate) and rate == int(rate) and rate > 0):
         raise BadExampleError(f"the sampling rate is {rate!r}; it must be a whole number of Hz", "sample rate")
     file = io.BytesIO()
     soundfile.write(file, samples.T.astype(np.float32), int(rate), format="WAV", subtype="FLOAT")

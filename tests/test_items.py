@@ -152,6 +152,7 @@ def test_a_record_has_its_parts_in_one_order():
         ((np.zeros((100, 2), np.float32), 16_000), "sound of 100 channels"),
         ((WAVE, 0), "the sampling rate is 0"),
         ((WAVE, 16_000.5), "the sampling rate is 16000.5"),
+        ((WAVE, float("inf")), "the sampling rate is inf"),
         (np.zeros((2, 4, 4), np.float32), "nothing is made of an array of float32"),
         (np.zeros((2, 4, 4, 4), np.uint8), "a video is uint8"),
         ({"array": film(), "video_metadata": {"fps": 0}}, "a video of 0 frames a second"),
