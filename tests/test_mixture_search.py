@@ -202,10 +202,10 @@ def test_a_search_tries_all_and_averages_the_best(world, forked, tmp_path, capsy
     assert f"{winners[0]}: {mixtures[winners[0]]:.4f}" in shown or winners[0] in shown
     mixture_search(**wanted)  # all is there
     assert len(forked) == 9
-    mixture_search(**wanted | {"num_random": 3})  # and more can be asked for
+    mixture_search(**{**wanted, "num_random": 3})  # and more can be asked for
     assert list(ledger_of(out))[9:] == ["random.2"]
     with pytest.raises(ValueError, match="holds a search with other judged and seed; give another folder as out"):
-        mixture_search(**wanted | {"seed": 6, "every_steps": 1})
+        mixture_search(**{**wanted, "seed": 6, "every_steps": 1})
 
 
 def test_a_trial_that_fails_is_tried_again_or_left_out(world, forked, zygote, monkeypatch, tmp_path, capsys):

@@ -8,12 +8,14 @@ mixture less that of the one with the best score. optuna is given the same mixtu
 Dirichlet draw, as its documentation advises.
 """
 
+import importlib
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
@@ -40,8 +42,7 @@ def ours(plan: Plan, number: int, known: Known) -> Rates:
 
 
 def optunas(name: str) -> Callable[[Plan, int, Known], Rates]:
-    import optuna
-
+    optuna: Any = importlib.import_module("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
     def propose(plan: Plan, number: int, known: Known) -> Rates:
@@ -87,8 +88,8 @@ def best_of(weights: np.ndarray, scales: np.ndarray) -> np.ndarray:
     def point(slope: float) -> np.ndarray:
         return scales * np.log(np.maximum(weights / (scales * slope), 1.0))
 
-    slope = brentq(lambda slope: point(slope).sum() - 1.0, 1e-9, (weights / scales).max())
-    return point(float(slope))
+    slope: Any = brentq(lambda slope: point(slope).sum() - 1.0, 1e-9, (weights / scales).max())
+    return point(slope)
 
 
 def main() -> None:
