@@ -17,6 +17,8 @@ import numpy as np
 
 from datamodules.order import Order, generator
 
+STEPS_PER_BLOCK = 1000  # our choice
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedTask:
@@ -47,7 +49,7 @@ class Plan:
         ValueError: No task has a rate above 0, a task has no example, or a rate is too small to get a step in a block.
     """
 
-    def __init__(self, tasks: Mapping[str, PlannedTask], *, seed: int, steps_per_block: int = 1000) -> None:
+    def __init__(self, tasks: Mapping[str, PlannedTask], *, seed: int, steps_per_block: int = STEPS_PER_BLOCK) -> None:
         self.tasks = {name: task for name, task in tasks.items() if task.rate > 0}
         if not self.tasks:
             raise ValueError("no task has a rate above 0; give at least one in data.tasks")
@@ -58,7 +60,7 @@ class Plan:
         for name, task in self.tasks.items():
             if not task.order.num_examples:
                 raise ValueError(f"task {name!r} has no examples; prepare its shards or set its rate to 0")
-        self.shares = _largest_remainder([self.tasks[name].rate for name in self.names], steps_per_block)
+        self.shares = largest_remainder([self.tasks[name].rate for name in self.names], steps_per_block)
         for name, share in zip(self.names, self.shares, strict=True):
             if not share:
                 raise ValueError(
@@ -108,7 +110,7 @@ def rows_of_rank(batch_size: int, rank: int, world_size: int) -> np.ndarray:
     return there_and_back[:, rank]
 
 
-def _largest_remainder(rates: list[float], total: int) -> list[int]:
+def largest_remainder(rates: list[float], total: int) -> list[int]:
     """Whole shares of `total` in proportion to `rates`, summing to it exactly; ties go to the first."""
     exact = [rate * total / sum(rates) for rate in rates]
     shares = [int(share) for share in exact]

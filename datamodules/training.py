@@ -19,7 +19,7 @@ from datamodules.cache import Cache
 from datamodules.collate import Batch, Collate, with_prompt
 from datamodules.loader import loader_of
 from datamodules.order import Order
-from datamodules.plan import Plan, PlannedTask
+from datamodules.plan import STEPS_PER_BLOCK, Plan, PlannedTask
 from datamodules.processors.loading import load_processor, new_processor
 from datamodules.processors.processor import Processor, ProcessorConfig
 from datamodules.processors.tokenizer import train_tokenizer
@@ -75,7 +75,7 @@ class TrainingData(L.LightningDataModule):
         processor: ProcessorConfig | None = None,
         init_from: str | None = None,
         seed: int = 0,
-        steps_per_block: int = 1000,
+        steps_per_block: int = STEPS_PER_BLOCK,
         window_shards: int | None = None,
         prompt_dropout: float = 0.1,
         max_tokenizer_texts: int = 50_000,

@@ -49,7 +49,8 @@ def keys_of_job(config: Mapping[str, Any], given: Collection[str]) -> dict[str, 
         config: The stage's configuration.
         given: Keys of the command line, which stay as they are.
     """
-    num_nodes, num_processes = (int(os.environ.get(name) or 1) for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS_PER_NODE"))
+    num_nodes, num_tasks = (int(os.environ.get(name) or 1) for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS"))
+    num_processes = int(os.environ.get("SLURM_NTASKS_PER_NODE") or max(1, num_tasks // num_nodes))
     keys: dict[str, Any] = {"trainer.num_nodes": num_nodes, "trainer.devices": num_processes}
     if num_nodes * num_processes > 1 and config["trainer"].get("strategy", "auto") == "auto":
         keys["trainer.strategy"] = RANKS

@@ -9,12 +9,13 @@ Any number of processes, on any number of machines that share the folder, work o
 begun, goes on with what another left unfinished, and may be killed at any moment.
 """
 
+import itertools
 import json
 import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +24,16 @@ from rich.table import Table
 
 from datamodules.files import replace_file
 from datamodules.job import digest_of, locked
+from datamodules.plan import STEPS_PER_BLOCK
 from datamodules.record import read_json
 from lightning_modules.checkpoints import FOLDER
 from lightning_modules.configuration import CONF, compose
 from lightning_modules.encoder.checkpoint import read_provenance
-from lightning_modules.lineage import inputs_of, read_record
+from lightning_modules.lineage import inputs_of, read_record, write_record
 from lightning_modules.mixture_page import write_mixture_page
-from lightning_modules.mixture_trials import ALONE, BAYESIAN, KINDS, Plan, Trial, shares
-from lightning_modules.recipe_graph import Run, StageSpec, run_of, words_of
-from lightning_modules.recipe_runs import claim, make, state_of
+from lightning_modules.mixture_trials import ALONE, BAYESIAN, KINDS, Plan, Trial
+from lightning_modules.recipe_graph import Run, StageSpec, leaves_of, run_of, words_of
+from lightning_modules.recipe_runs import lock_of, make_held, state_of
 from lightning_modules.soup import soup
 
 LEDGER = "mixture.json"
@@ -132,7 +134,9 @@ class Search:
             raise ValueError(f"stage is {stage!r}, but there is no {file}")
         if not judged["benchmarks"]:
             raise ValueError("there is nothing to judge mixtures by; give benchmarks=[<file below conf/benchmarks>]")
-        config = compose(file, words_of(keys))
+        plain = compose(file, [], resolve=False)
+        keys = dict(leaf for key, value in keys.items() for leaf in leaves_of(key, value, plain))
+        config = compose(file, words_of({**keys, "trainer.default_root_dir": "@"} if "trainer" in plain else keys))
         if "trainer" not in config or "tasks" not in config.get("data", {}):
             raise ValueError(f"stage {stage} trains on no tasks, so it has no rates that could be searched")
         own = {task: spec.get("rate", 1.0) for task, spec in config["data"]["tasks"].items()}
@@ -140,7 +144,9 @@ class Search:
         if unknown := sorted(alone["scores"].keys() - set(tasks)):
             raise ValueError(f"alone_scores: {unknown[0]!r} is no task of the mixture; they are {', '.join(tasks)}")
         self.out, self.stage, self.keys, self.without = out, stage, keys, without
-        self.plan = Plan(tasks, tuple(alone["steps"]), shares({task: own[task] for task in tasks}), **plan)
+        block = config["data"].get("steps_per_block", STEPS_PER_BLOCK)
+        rates = {task: own[task] for task in tasks}
+        self.plan = Plan(tasks, tuple(alone["steps"]), rates, **plan, steps_per_block=block)
         self.judged, self.alone_scores, self.num_winners = judged, alone["scores"], num_winners
         if unknown := sorted(name for name in without if name.partition(".")[0] not in set(KINDS) - {ALONE}):
             raise ValueError(f"without names {unknown[0]}; what can be left out is called seed, grid.3, random.3 or bayesian.3")
@@ -156,6 +162,7 @@ class Search:
         """A trial as a run such as recipes have."""
         trial, callbacks = self._trials[name], self._callbacks
         keys: dict[str, Any] = {f"data.tasks.{task}.rate": trial["rates"].get(task, 0.0) for task in self.all_tasks}
+        keys["trainer.default_root_dir"] = "@"
         kind, _, number = name.partition(".")
         if kind == ALONE:
             keys["trainer.max_steps"] = trial["max_steps"]
@@ -173,40 +180,45 @@ class Search:
         """
         waited = False
         while True:
-            with self._locked():
-                run, running = self._claimed()
-                if run is None and not running:
-                    return self._finish()
-            if run is not None:
-                self._do(run)
-            else:
-                if not waited:
-                    print(f"waiting for {', '.join(running)}, which other processes do", flush=True)
-                waited = True
-                time.sleep(WAIT)
+            with ExitStack() as held:  # a trial's lock, until its score is written down
+                with self._locked():
+                    run, running = self._claimed(held)
+                    if run is None and not running:
+                        return self._finish()
+                if run is not None:
+                    make_held(run, {run.name: run})
+                    with self._locked():
+                        self._note(run)
+                    continue
+            if not waited:
+                print(f"waiting for {', '.join(running)}, which other processes do", flush=True)
+            waited = True
+            time.sleep(WAIT)
 
-    def _claimed(self) -> tuple[Run | None, list[str]]:
+    def _claimed(self, held: ExitStack) -> tuple[Run | None, list[str]]:
         """What this process does next, None for nothing now, and what others do meanwhile."""
         running = []
         for name in self._open():
             run = self.run_of(name)
-            state, record = state_of(run, {name: run}), read_record(run.folder)
-            if state == "running":
+            if not held.enter_context(locked(lock_of(run), waits=False)):
                 running.append(name)
-            elif state == "done":  # but its score was not written down any more
+            elif not self._has_failed_meanwhile(run):
                 return run, []
-            elif state != "failed" or record["ended"] < self._began:
-                claim(run, {name: run})
-                return run, []
+            held.close()
         for name, trial in self._planned():
             if name not in self._trials and name not in self.without:
                 own = self.alone_scores.get(next(iter(trial.rates))) if name.startswith(ALONE) else None
                 self._trials[name] = trial._asdict() | {"judged_by": own or self.judged["score"]}
                 self._write()
                 run = self.run_of(name)
-                claim(run, {name: run})
+                held.enter_context(locked(lock_of(run)))
                 return run, []
         return None, running
+
+    def _has_failed_meanwhile(self, run: Run) -> bool:
+        """Whether it failed in another process since this one began; it is for those that begin later."""
+        record = read_record(run.folder)
+        return record.get("state") == "failed" and record["ended"] >= self._began
 
     def _planned(self) -> Iterator[tuple[str, Trial]]:
         """All that can be tried as things stand, in order."""
@@ -217,7 +229,8 @@ class Search:
         if is_known:
             yield from self.plan.seeds(best_steps).items()
         yield from self.plan.random().items()
-        number = sum(name.startswith(BAYESIAN) for name in self._trials)
+        begun = self._trials.keys() | set(self.without)
+        number = next(n for n in itertools.count() if f"{BAYESIAN}.{n}" not in begun)
         if is_known and number < self.plan.num_bayesian:
             mixtures = {name: trial for name, trial in self._trials.items() if not name.startswith(ALONE)}
             known = [(trial["rates"], trial["score"]) for trial in mixtures.values() if "score" in trial]
@@ -227,30 +240,37 @@ class Search:
         """Trials that were begun and have no score yet."""
         return [name for name, trial in self._trials.items() if "score" not in trial and name not in self.without]
 
-    def _do(self, run: Run) -> None:
-        make(run, {run.name: run})
+    def _note(self, run: Run) -> None:
+        """Write down what a trial reached; both locks are held."""
+        record = read_record(run.folder)
         if not (run.folder / BEST).is_dir():
+            write_record(run.folder, {**record, "state": "failed", "ended": time.time()})
             raise ValueError(f"{run.name} reached no score that is a number, see {run.folder}")
         best = read_provenance(run.folder / BEST)
         score, scores = best["benchmarks"][best["score"]], best["benchmarks"]
-        with self._locked():
-            hours = read_record(run.folder)["seconds"] / 3600
-            self._trials[run.name] |= {"score": score, "steps": best["steps"], "benchmarks": scores, "hours": hours}
-            self._write()
-            winners = self.winners()
-            for name in self._trials.keys() - set(self._open()) - set(winners):
-                for weights in WEIGHTS:
-                    shutil.rmtree(self.run_of(name).folder / weights, ignore_errors=True)
-            write_mixture_page(self.out, self.plan, self._trials, winners)
-        done = sum("score" in trial for trial in self._trials.values())
+        told = {"score": score, "steps": best["steps"], "benchmarks": scores, "hours": record["seconds"] / 3600}
+        self._trials[run.name] |= told
+        self._write()
+        self._tidy()
+        done, winners = sum("score" in trial for trial in self._trials.values()), self.winners()
         reached = f"; the best is {winners[0]}, {self._trials[winners[0]]['score']:.4f}" if winners else ""
         print(f"{run.name}: {score:.4f} at step {best['steps']} ({done} of {self.plan.num_trials} trials{reached})", flush=True)
+
+    def _tidy(self) -> None:
+        """Remove the weights of what has won nothing, and write the page."""
+        winners = self.winners()
+        for name in self._trials.keys() - set(self._open()) - set(winners):
+            for weights in WEIGHTS:
+                shutil.rmtree(self.run_of(name).folder / weights, ignore_errors=True)
+        write_mixture_page(self.out, self.plan, self._trials, winners)
 
     def _finish(self) -> None:
         """Average the best; the lock is held."""
         if failed := self._open():
-            names = ", ".join(failed)
-            raise ValueError(f"{names} failed; the same command tries again, and without=[{names}] leaves out")
+            mixtures = [name for name in failed if not name.startswith(ALONE)]
+            advice = f", and without=[{','.join(mixtures)}] leaves out" if mixtures == failed else ""
+            raise ValueError(f"{', '.join(failed)} failed; the same command tries again{advice}")
+        self._tidy()
         winners = [self.run_of(name).folder / BEST for name in self.winners()]
         of = [read_provenance(folder)["sha256"] for folder in winners]
         made = self.out / "encoder"
@@ -273,7 +293,7 @@ class Search:
     def show(self) -> None:
         """Print what is known."""
         with self._locked():
-            states = {name: state_of(run, {name: run}) for name in self._open() for run in [self.run_of(name)]}
+            states = {run.name: state_of(run, {run.name: run}) for run in map(self.run_of, self._open())}
         console = Console()
         if steps := self.best_steps():
             table = Table("task alone", "best number of steps", box=None, header_style="bold")

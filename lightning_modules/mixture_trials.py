@@ -19,6 +19,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
+from datamodules.plan import STEPS_PER_BLOCK, largest_remainder
+
 ALONE, SEED, GRID, RANDOM, BAYESIAN = "alone", "seed", "grid", "random", "bayesian"
 KINDS = {  # in the order in which they are tried
     ALONE: "one task alone, for its best number of steps",
@@ -59,6 +61,7 @@ class Plan:
         num_random: Mixtures that are drawn.
         num_bayesian: Mixtures that are proposed.
         seed: Of what is drawn and proposed.
+        steps_per_block: Steps after which every task has had exactly its share; a task without a step among them is left out.
 
     Raises:
         ValueError: It names an unknown task or one twice, a number is out of range, or there is nothing to search.
@@ -71,6 +74,7 @@ class Plan:
     num_random: int
     num_bayesian: int
     seed: int
+    steps_per_block: int = STEPS_PER_BLOCK
 
     def __post_init__(self) -> None:
         if len(self.tasks) < 2:
@@ -113,7 +117,7 @@ class Plan:
         Args:
             best_steps: Of each task alone; None where none was tried alone.
         """
-        start = shares(self.own_rates if best_steps is None else best_steps)
+        start = self.shares(self.own_rates if best_steps is None else best_steps)
         found = {SEED: start}
         patterns = list(self.grid)
         for factors in itertools.product(*self.grid.values()):
@@ -121,7 +125,7 @@ class Plan:
             rates = {task: rate * of.get(task, 1.0) for task, rate in start.items()}
             if not any(rates.values()):
                 raise ValueError(f"grid: the factors {list(factors)} of {', '.join(patterns)} leave no task")
-            if (point := shares(rates)) not in found.values():
+            if (point := self.shares(rates)) not in found.values():
                 found[f"{GRID}.{len(found) - 1}"] = point
         return {name: Trial(rates) for name, rates in found.items()}
 
@@ -164,14 +168,13 @@ class Plan:
         improvement = (mean - reached) * norm.cdf(z) + deviation * norm.pdf(z)
         return Trial(self._shares_at(candidates[np.argmax(improvement)]))
 
+    def shares(self, rates: Mapping[str, float]) -> Rates:
+        """Rates as the steps that a run will have of each task, of those of a block; what has none of them is left out."""
+        counts = largest_remainder([rates[task] for task in rates], self.steps_per_block)
+        return {task: count / self.steps_per_block for task, count in zip(rates, counts, strict=True) if count}
+
     def _points(self, mixtures: Sequence[Rates]) -> np.ndarray:
         return np.array([[rates.get(task, 0.0) for task in self.tasks] for rates in mixtures])
 
     def _shares_at(self, point: np.ndarray) -> Rates:
-        return shares(dict(zip(self.tasks, point.tolist(), strict=True)))
-
-
-def shares(rates: Mapping[str, float]) -> Rates:
-    """Rates divided by their sum, to six digits behind the point; what is nothing then is left out."""
-    total = sum(rates.values())
-    return {task: share for task, rate in rates.items() if (share := round(rate / total, 6)) > 0}
+        return self.shares(dict(zip(self.tasks, point.tolist(), strict=True)))

@@ -76,19 +76,23 @@ def submit(runs: Runs, words: list[str]) -> None:
     Raises:
         ValueError: Slurm is not here, or refuses a job.
     """
-    words, jobs = [word for word in words if word.partition("=")[0] != "action"], dict[str, str]()
+    words, jobs, anew = [word for word in words if word.partition("=")[0] != "action"], dict[str, str](), set[str]()
     for stage, spec in {run.stage: run.spec for run in runs.values()}.items():
         own = [run for run in runs.values() if run.stage == stage]
         states = {run.name: state_of(run, runs) for run in own}
-        todo = [run for run in own if states[run.name] not in ("done", "running", "submitted")]
         before = {jobs[runs[name].stage] for run in own for name in run.parents if runs[name].stage in jobs}
-        queued = {str(read_record(run.folder).get("job")) for run in own if states[run.name] in ("running", "submitted")}
+        todo = [run for run in own if states[run.name] not in ("done", "running", "submitted")]
+        todo += [run for run in own if states[run.name] == "done" and anew & {runs[name].stage for name in run.parents}]
+        queued = {str(read_record(run.folder)["job"]) for run in own if states[run.name] in ("running", "submitted")}
+        if "None" in queued:
+            raise ValueError(f"stage {stage} is running here and not as a job; what depends on it cannot wait for it")
         if todo:
             options = [f"--{name}={value}" for name, value in spec.slurm.items()]
             options += [f"--array={','.join(run.number for run in todo)}"] if spec.array else []
-            options += [f"--dependency=afterok:{':'.join(sorted(before))}"] if before else []
+            options += [f"--dependency=afterok:{':'.join(sorted(before))}", "--kill-on-invalid-dep=yes"] if before else []
             job = _submitted([f"--job-name={stage}", *options, "recipe", *words, f"only={stage}"])
             queued.add(job)
+            anew.add(stage)
             for run in todo:
                 with locked(lock_of(run), waits=False) as is_ours:  # the job may have begun, and writes this itself
                     if is_ours:
@@ -114,18 +118,13 @@ def show(runs: Runs) -> None:
     total = 0.0
     for run in runs.values():
         record = read_record(run.folder)
-        hours = (sum(attempt["seconds"] for attempt in record.get("attempts", [])) + _now(record)) / 3600
+        state = state_of(run, runs)
+        now = time.time() - record["began"] if state == "running" and "began" in record else 0.0
+        hours = (sum(attempt["seconds"] for attempt in record.get("attempts", [])) + now) / 3600
         total += hours * record.get("devices", 1)
         ended = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["ended"])) if "ended" in record else ""
         cost = [f"{hours:.2f}", f"{hours * record.get('devices', 1):.2f}"] if "key" in record else ["", ""]
-        table.add_row(
-            run.name, state_of(run, runs), str(len(record.get("attempts", []))), *cost, ended, str(record.get("job") or "")
-        )
+        table.add_row(run.name, state, str(len(record.get("attempts", []))), *cost, ended, str(record.get("job") or ""))
     console = Console()
     console.print(table)
     console.print(f"{total:.2f} device hours in all")
-
-
-def _now(record: dict[str, Any]) -> float:
-    """Seconds of an attempt that is going on."""
-    return time.time() - record["began"] if record.get("state") == "running" else 0.0

@@ -16,6 +16,7 @@ from lightning_modules.configuration import CONF, compose
 from lightning_modules.lineage import texts_of
 
 ROOT = Path(__file__).parent.parent
+SEARCH = "lightning_modules.mixture_search.mixture_search"
 PLACE = re.compile(r"@(\w*)(?:\.(\d+))?(/.*)?", re.DOTALL)
 
 
@@ -70,6 +71,10 @@ class Run(NamedTuple):
     def trains(self) -> bool:
         return "trainer" in self.config
 
+    @property
+    def searches(self) -> bool:
+        return self.config.get("run") == SEARCH
+
 
 Runs = dict[str, Run]
 
@@ -116,7 +121,7 @@ def run_of(name: str, spec: StageSpec, folder: Path, keys: dict[str, Any], paren
     if not conf.is_file():
         raise ValueError(f"stage {name!r} has conf={spec.conf}, but there is no {conf}")
     plain = compose(conf, [], resolve=False)
-    keys = dict(leaf for key, value in keys.items() for leaf in _leaves(key, value, plain))
+    keys = dict(leaf for key, value in keys.items() for leaf in leaves_of(key, value, plain))
     if "trainer" in plain:
         keys = {"trainer.default_root_dir": "@", "ckpt_path": "newest"} | keys
     elif "out" in plain:
@@ -124,14 +129,14 @@ def run_of(name: str, spec: StageSpec, folder: Path, keys: dict[str, Any], paren
     return Run(name, spec, folder, keys, compose(conf, words_of(keys)), parents)
 
 
-def _leaves(key: str, value: Any, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def leaves_of(key: str, value: Any, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """A key, or those within a mapping that is added to one of the configuration."""
     there: Any = config
     for name in key.split("."):
         there = there.get(name) if isinstance(there, dict) else None
     if isinstance(value, dict) and isinstance(there, dict) and there:
         for name, inner in value.items():
-            yield from _leaves(f"{key}.{name}", inner, config)
+            yield from leaves_of(f"{key}.{name}", inner, config)
     else:
         yield key, value
 

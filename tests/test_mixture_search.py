@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,21 @@ import numpy as np
 import pytest
 import yaml
 from samples import TINY
-from trials import ROOT, alive
+from trials import ROOT
 
 from lightning_modules import recipe_runs
 from lightning_modules.configuration import CONF, compose
 from lightning_modules.encoder.checkpoint import read_provenance
 from lightning_modules.lineage import read_record
 from lightning_modules.mixture_search import Search, mixture_search
-from lightning_modules.mixture_trials import Plan, shares
+from lightning_modules.mixture_trials import Plan
 
 TASKS = ("code/a", "code/b", "text/c", "text/d")
 NO_TASKS = [f"world/{name}" for name in ("text-page", "text-audio", "text-video", "mixed-image", "text-image")]
 
 
 def plan(**changed: Any) -> Plan:
-    settings: dict[str, Any] = {"tasks": TASKS, "alone_steps": (10, 20), "own_rates": shares(dict.fromkeys(TASKS, 1.0))}
+    settings: dict[str, Any] = {"tasks": TASKS, "alone_steps": (10, 20), "own_rates": dict.fromkeys(TASKS, 1.0)}
     settings |= {"grid": {}, "num_random": 3, "num_bayesian": 2, "seed": 1}
     return Plan(**settings | changed)
 
@@ -46,9 +45,18 @@ def test_the_seed_has_rates_in_proportion_to_the_best_numbers_of_steps():
     found = plan().seeds(dict(zip(TASKS, (10, 20, 30, 40), strict=True)))
     assert found["seed"].rates == dict(zip(TASKS, (0.1, 0.2, 0.3, 0.4), strict=True))
     assert found["seed"].max_steps is None
-    own = shares({"code/a": 3.0, "code/b": 1.0, "text/c": 0.0, "text/d": 0.0})
-    assert own == {"code/a": 0.75, "code/b": 0.25}
-    assert plan(own_rates=own).seeds(None)["seed"].rates == own
+    own = {"code/a": 3.0, "code/b": 1.0, "text/c": 0.0, "text/d": 0.0}
+    assert plan(own_rates=own).seeds(None)["seed"].rates == {"code/a": 0.75, "code/b": 0.25}
+
+
+def test_rates_are_the_steps_of_a_block_and_what_gets_none_is_left_out():
+    rates = {"code/a": 0.5, "code/b": 0.4, "text/c": 0.098, "text/d": 0.002}
+    assert plan(steps_per_block=50).shares(rates) == {"code/a": 0.5, "code/b": 0.4, "text/c": 0.1}
+    assert plan(steps_per_block=500).shares(rates) == rates
+    for trial in plan(steps_per_block=14, num_random=50).random().values():
+        steps = [14 * share for share in trial.rates.values()]
+        assert steps == pytest.approx([round(step) for step in steps])
+        assert sum(steps) == pytest.approx(14)
 
 
 def test_a_grid_is_every_combination_of_factors_and_each_mixture_once():
@@ -59,7 +67,7 @@ def test_a_grid_is_every_combination_of_factors_and_each_mixture_once():
     rates = [tuple(trial.rates.get(task, 0.0) for task in TASKS) for trial in found.values()]
     assert len(set(rates)) == 6
     assert rates[1] == (0.25, 0.25, 0.5, 0.0)
-    assert rates[5] == pytest.approx((1 / 3, 1 / 3, 1 / 6, 1 / 6), abs=1e-6)
+    assert rates[5] == pytest.approx((1 / 3, 1 / 3, 1 / 6, 1 / 6), abs=1e-3)
     assert list(plan(grid={"*": (1.0, 2.0, 4.0)}).seeds(None)) == ["seed"]  # all of them times 2 is the same mixture
 
 
@@ -93,7 +101,7 @@ def test_draws_are_flat_over_all_mixtures_and_do_not_depend_on_their_number():
     assert few == {name: many[name] for name in few}
     assert plan(seed=2).random() != few
     drawn = np.array([[trial.rates.get(task, 0.0) for task in TASKS] for trial in many.values()])
-    assert drawn.sum(1) == pytest.approx(1.0, abs=1e-5)
+    assert drawn.sum(1) == pytest.approx(1.0, abs=1e-9)
     assert drawn.mean(0) == pytest.approx(0.25, abs=0.02)
     assert drawn.var(0) == pytest.approx(3 / 80, rel=0.1)  # of a share under Dirichlet(1, 1, 1, 1)
 
@@ -124,7 +132,7 @@ def test_a_proposal_is_a_function_of_what_is_known_and_keeps_away_from_what_is_r
     known = [(trial.rates, gain(trial.rates)) for trial in search.random().values()]
     first = search.proposal(0, known)
     assert search.proposal(0, known) == first
-    assert sum(first.rates.values()) == pytest.approx(1.0, abs=1e-5)
+    assert sum(first.rates.values()) == pytest.approx(1.0)
     beside = search.proposal(0, known, [first.rates])
     assert sum(abs(beside.rates.get(task, 0.0) - first.rates.get(task, 0.0)) for task in TASKS) > 0.02
     assert set(search.proposal(0, []).rates) <= set(TASKS)
@@ -147,10 +155,10 @@ def forked(zygote, monkeypatch, tmp_path) -> list[list[str]]:
     """Trials as forks of a process that has everything imported; their words."""
     begun = []
 
-    def run(words: list[str]) -> int:
+    def run(words: list[str]) -> tuple[int, list[int]]:
         begun.append(words)
         told = {"environment": {}, "log": str(tmp_path / "log")}
-        return zygote.ask(wait=zygote.ask(arguments=words[2:], **told))
+        return zygote.ask(wait=zygote.ask(arguments=words[2:], **told)), []
 
     monkeypatch.setattr(recipe_runs, "_run_process", run)
     return begun
@@ -185,7 +193,7 @@ def test_a_search_tries_all_and_averages_the_best(world, forked, tmp_path, capsy
     for first, second in (("alone.0", "alone.1"), ("alone.2", "alone.3")):
         best = max((trials[name]["score"], -trials[name]["steps"]) for name in (first, second))
         steps[next(iter(trials[first]["rates"]))] = -best[1]
-    assert trials["seed"]["rates"] == shares(steps)
+    assert trials["seed"]["rates"] == plan(steps_per_block=14).shares(steps)
     mixtures = {name: trial["score"] for name, trial in trials.items() if not name.startswith("alone")}
     winners = sorted(mixtures, key=lambda name: -mixtures[name])[:2]
     parents = read_provenance(out / "encoder")["parents"]
@@ -199,7 +207,7 @@ def test_a_search_tries_all_and_averages_the_best(world, forked, tmp_path, capsy
     assert page.count("<circle") >= 3 * len(mixtures)
     assert page.count('<tr class="winner">') == 2
     assert "Each task alone" in page
-    assert f"{winners[0]}: {mixtures[winners[0]]:.4f}" in shown or winners[0] in shown
+    assert f"the best is {winners[0]}, {mixtures[winners[0]]:.4f}" in shown
     mixture_search(**wanted)  # all is there
     assert len(forked) == 9
     mixture_search(**{**wanted, "num_random": 3})  # and more can be asked for
@@ -208,12 +216,52 @@ def test_a_search_tries_all_and_averages_the_best(world, forked, tmp_path, capsy
         mixture_search(**{**wanted, "seed": 6, "every_steps": 1})
 
 
+def test_a_search_is_joined_and_looked_at_when_the_stage_was_run_by_itself(world, forked, tmp_path):
+    """The stage's own folder is none of its inputs."""
+    wanted = settings(world, out=str(tmp_path / "out"), num_random=0, num_winners=1)
+    own = tmp_path / "own"
+    wanted["keys"]["trainer.default_root_dir"] = str(own)
+    mixture_search(**wanted)
+    own.mkdir()
+    (own / "config.yaml").write_text("")
+    mixture_search(**wanted, action="status")
+    mixture_search(**wanted)
+    assert len(forked) == 1
+
+
+def test_proposals_that_are_left_out_beforehand_stop_no_others(world, tmp_path):
+    search = search_of(settings(world, out=str(tmp_path), num_random=0, num_bayesian=3, without=["bayesian.1"]))
+    search._trials = {}
+    begun = []
+    for _ in range(5):
+        for name, trial in search._planned():
+            if name not in search._trials and name not in search.without:
+                search._trials[name] = {**trial._asdict(), "score": 0.1 * len(begun)}
+                begun.append(name)
+                break
+    assert begun == ["seed", "bayesian.0", "bayesian.2"]
+
+
+def search_of(given: dict[str, Any]) -> Search:
+    names = ("benchmarks", "every_steps", "score")
+    return Search(
+        Path(given["out"]),
+        given["stage"],
+        given["keys"],
+        judged={name: given[name] for name in names},
+        alone={"steps": given["alone_steps"], "scores": given.get("alone_scores", {})},
+        plan={"grid": {}, "seed": 1} | {name: given[name] for name in ("grid", "num_random", "num_bayesian") if name in given},
+        num_winners=given["num_winners"],
+        without=given.get("without", []),
+    )
+
+
 def test_a_trial_that_fails_is_tried_again_or_left_out(world, forked, zygote, monkeypatch, tmp_path, capsys):
     out, meant = tmp_path / "out", recipe_runs._run_process
     wanted = settings(world, out=str(out), num_winners=1, every_steps=4)
 
-    def run(words: list[str]) -> int:
-        return 1 if f'trainer.default_root_dir="{out}/seed"' in words else meant(words)
+    def run(words: list[str]) -> tuple[int, list[int]]:
+        return (1, []) if f'trainer.default_root_dir="{out}/seed"' in words else meant(words)
 
     monkeypatch.setattr(recipe_runs, "_run_process", run)
     for _ in range(2):  # begun again it is tried again
@@ -256,7 +304,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_runs(world, forked
 @pytest.mark.parametrize("num_kills", [2, pytest.param(8, marks=pytest.mark.full)])
 def test_processes_that_join_and_are_killed_make_one_search(world, tmp_path, num_kills):
     """As one process alone makes it: the same trials, none twice, the same weights."""
-    wanted = settings(world, num_random=2, num_winners=3, every_steps=4)
+    wanted = settings(world, alone_steps=[2], num_winners=1, every_steps=4)
     told = [f"{name}={json.dumps(value)}" for name, value in wanted.items()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -275,14 +323,15 @@ def test_processes_that_join_and_are_killed_make_one_search(world, tmp_path, num
         victim.wait()
     workers.append(begin(out))
     assert [worker.wait() for worker in workers] == [0] * len(workers), (tmp_path / "log").read_text()[-3000:]
-    assert not any(alive(worker.pid) for worker in workers)
+    commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
+    assert not any(str(tmp_path).encode() in command for command in commands)
     same = [{name: (trial["rates"], trial["score"]) for name, trial in sorted(ledger_of(at).items())} for at in (straight, out)]
     assert same[0] == same[1]
-    assert set(same[0]) == {"seed", "random.0", "random.1"}
+    assert set(same[0]) == {"alone.0", "alone.1", "seed", "random.0"}
     assert read_provenance(straight / "encoder")["sha256"] == read_provenance(out / "encoder")["sha256"]
     for name in same[0]:
         attempts = read_record(out / name.replace(".", "/"))["attempts"]
-        assert all(one["began"] + one["seconds"] <= other["began"] + 0.1 for one, other in pairwise(attempts))
+        assert [attempt["status"] for attempt in attempts].count(0) == 1
 
 
 def test_the_three_experts_are_a_recipe():
@@ -290,16 +339,7 @@ def test_the_three_experts_are_a_recipe():
     assert [each["stage"] for each in config["array"]] == ["finetune_task", "finetune_language", "finetune_code"]
     for each in config["array"]:
         given = compose(CONF / "mixture_search.yaml", [f"{key}={json.dumps(value)}" for key, value in each.items()])
-        found = Search(
-            Path("out"),
-            each["stage"],
-            config["keys"]["keys"],
-            judged={name: given[name] for name in ("benchmarks", "every_steps", "score")},
-            alone={"steps": given["alone_steps"], "scores": given["alone_scores"]},
-            plan={name: given[name] for name in ("grid", "num_random", "num_bayesian", "seed")},
-            num_winners=given["num_winners"],
-            without=[],
-        )
+        found = search_of({**given, "out": "out", "keys": config["keys"]["keys"]})
         assert len(found.plan.tasks) >= 5
         for name in given["benchmarks"]:
             assert {spec["shards"].partition("-")[2] or spec["shards"] for spec in benchmarks(name)} <= DEV

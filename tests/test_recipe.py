@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import yaml
 from samples import TINY
 from trials import ROOT, weights_hash
 
+import lightning_modules.recipe
+from datamodules.job import locked
+from lightning_modules import recipe_runs
 from lightning_modules.configuration import CONF, compose
 from lightning_modules.lineage import identity, read_record, write_record
 from lightning_modules.recipe import recipe
 from lightning_modules.recipe_graph import StageSpec, placed, runs_of
-from lightning_modules.recipe_runs import boot_id, key_of, started, state_of
+from lightning_modules.recipe_runs import key_of, lock_of, make, state_of
 
 WORLD = {"num_train": 8, "num_test": 2, "num_workers": 1}
 TRAINED = {
@@ -224,13 +228,79 @@ def test_a_signal_stops_the_stage_with_a_checkpoint_and_the_recipe_with_its_stat
     assert read_record(tmp_path / "first")["state"] == "stopped"
 
 
-def test_a_record_of_a_process_that_is_gone_is_of_one_that_was_stopped(tmp_path):
+def test_a_run_is_running_while_a_process_holds_it(tmp_path):
     runs = runs_of(tmp_path, {"world": StageSpec("quickstart/world")})
     assert state_of(runs["world"], runs) == "waiting"
-    here = {"pid": os.getpid(), "started": started(os.getpid()), "boot": boot_id(), "job": None}
-    record = {"key": key_of(runs["world"], runs)[0], "state": "running", **here}
-    write_record(tmp_path / "world", record)
-    assert state_of(runs["world"], runs) == "running"
-    for gone in ({"pid": 2**22 + 1}, {"boot": "another machine"}, {"started": 1}):  # the last: a later process of its number
-        write_record(tmp_path / "world", record | gone)
-        assert state_of(runs["world"], runs) == "stopped"
+    write_record(tmp_path / "world", {"key": key_of(runs["world"], runs)[0], "state": "running", "job": None})
+    assert state_of(runs["world"], runs) == "stopped"  # who wrote this is gone
+    with locked(lock_of(runs["world"])):
+        assert state_of(runs["world"], runs) == "running"
+    assert state_of(runs["world"], runs) == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("status", "state"), [(0, "done"), (1, "failed"), (138, "stopped"), (-15, "stopped"), (137, "failed"), (-11, "failed")]
+)
+def test_only_a_signal_to_stop_is_one_that_stops(status, state, tmp_path, monkeypatch):
+    """What runs out of memory or crashes has failed, and is not begun again by itself."""
+    runs = runs_of(tmp_path, {"world": StageSpec("quickstart/world")})
+    monkeypatch.setattr(recipe_runs, "_run_process", lambda words: (status, []))
+    with {"done": nullcontext(), "failed": pytest.raises(ValueError), "stopped": pytest.raises(SystemExit)}[state] as met:  # noqa: PT011
+        make(runs["world"], runs)
+    assert read_record(tmp_path / "world")["state"] == state
+    if state == "stopped":
+        assert met.value.code == (138 if status == 138 else 143)
+
+
+def test_a_signal_at_a_runs_very_end_still_ends_what_began_it(tmp_path, monkeypatch):
+    runs = runs_of(tmp_path, {"world": StageSpec("quickstart/world")})
+    monkeypatch.setattr(recipe_runs, "_run_process", lambda words: (0, [signal.SIGUSR1]))
+    with pytest.raises(SystemExit) as met:
+        make(runs["world"], runs)
+    assert met.value.code == 138
+    assert read_record(tmp_path / "world")["state"] == "done"
+
+
+def test_what_a_killed_attempt_cost_is_counted_by_what_it_wrote_last(tmp_path, monkeypatch):
+    runs = runs_of(tmp_path, {"world": StageSpec("quickstart/world")})
+    folder, began = tmp_path / "world", time.time() - 100
+    write_record(
+        folder, {"key": key_of(runs["world"], runs)[0], "state": "running", "job": None, "began": began, "attempts": []}
+    )
+    for file in folder.iterdir():
+        os.utime(file, (began, began + 40))
+    monkeypatch.setattr(recipe_runs, "_run_process", lambda words: (0, []))
+    make(runs["world"], runs)
+    record = read_record(folder)
+    assert [attempt["status"] for attempt in record["attempts"]] == [None, 0]
+    assert record["seconds"] == pytest.approx(40, abs=1)
+
+
+def test_a_search_with_more_to_try_goes_on_where_it_lies(tmp_path, monkeypatch):
+    """What another stage would have moved aside and made anew."""
+    monkeypatch.setattr(recipe_runs, "_run_process", lambda words: (0, []))
+    for num_random in (1, 2):
+        keys = {"stage": "finetune_code", "num_random": num_random}
+        runs = runs_of(tmp_path, {"search": StageSpec("mixture_search", keys)})
+        make(runs["search"], runs)
+    assert [path.name for path in tmp_path.glob("search*")] == ["search"]
+    assert len(read_record(tmp_path / "search")["attempts"]) == 2
+
+
+def test_what_a_changed_stage_is_needed_by_is_submitted_with_it(tmp_path, monkeypatch, capsys):
+    """And what waits for it ends when it fails, so that another submission can begin it again."""
+    monkeypatch.setattr(recipe_runs, "_run_process", lambda words: (0, []))
+    specs: dict[str, Any] = {
+        "world": {"conf": "quickstart/world", "keys": WORLD},
+        "looked": {"conf": "quickstart/inspect", "keys": {"root": "@world"}},
+        "apart": {"conf": "quickstart/world", "keys": WORLD},
+    }
+    asked(tmp_path, specs)
+    specs["world"]["keys"] = {**WORLD, "num_train": 9}
+    submitted: list[list[str]] = []
+    monkeypatch.setattr(lightning_modules.recipe, "_submitted", lambda words: (submitted.append(words), str(len(submitted)))[1])
+    capsys.readouterr()
+    asked(tmp_path, specs, action="submit")
+    assert capsys.readouterr().out.splitlines() == ["world: job 1", "looked: job 2", "apart: done before"]
+    assert "--dependency=afterok:1" in submitted[1]
+    assert "--kill-on-invalid-dep=yes" in submitted[1]

@@ -21,7 +21,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from lightning_modules.mixture_trials import Plan, Rates, shares
+from lightning_modules.mixture_trials import Plan, Rates
 
 SEEDS, NUM_DRAWN, NUM_PROPOSED = range(6), 10, 20
 Known = Sequence[tuple[Rates, float]]
@@ -29,7 +29,7 @@ Known = Sequence[tuple[Rates, float]]
 
 def plan_of(num_tasks: int, seed: int) -> Plan:
     tasks = tuple(f"task/{n}" for n in range(num_tasks))
-    return Plan(tasks, (), shares(dict.fromkeys(tasks, 1.0)), {}, NUM_DRAWN + NUM_PROPOSED, NUM_PROPOSED, seed)
+    return Plan(tasks, (), dict.fromkeys(tasks, 1.0), {}, NUM_DRAWN + NUM_PROPOSED, NUM_PROPOSED, seed)
 
 
 def drawn(plan: Plan, number: int, known: Known) -> Rates:
@@ -54,7 +54,7 @@ def optunas(name: str) -> Callable[[Plan, int, Known], Rates]:
             place = {task: float(np.exp(-len(plan.tasks) * rates.get(task, 1e-9))) for task in plan.tasks}
             study.add_trial(optuna.create_trial(value=score, params=place, distributions=axes))
         asked = study.ask(axes).params
-        return shares({task: float(-np.log(max(asked[task], 1e-12))) for task in plan.tasks})
+        return plan.shares({task: float(-np.log(max(asked[task], 1e-12))) for task in plan.tasks})
 
     return propose
 

@@ -13,12 +13,14 @@ for seed in 1 2 3; do
 done
 own='agnews/title-body: agnews_dev/text-text, java_cs/java-csharp: java_cs_dev/code-code'
 own+=', nl2bash/text-code: nl2bash_dev/text-code, wikisql/text-code: wikisql_dev/text-code'
-for worker in 1 2; do # on two cores; more would join in the same way
-  OMP_NUM_THREADS=1 stage conf=mixture_search stage=code/finetune out=$runs/search 'benchmarks=[code_dev]' every_steps=25 \
-    "keys={model.init_from: $runs/seed-1/first/encoder}" alone_steps=[200] "alone_scores={$own}" \
-    'grid={java_cs/*: [0.5, 1, 2], "*/text-code": [0.5, 1, 2]}' num_random=10 num_bayesian=15 &
-done
-wait
+search() {
+  OMP_NUM_THREADS=1 stage conf=mixture_search stage=code/finetune out=$runs/search 'benchmarks=[code_dev]' every_steps=30 \
+    "keys={model.init_from: $runs/seed-1/first/encoder}" alone_steps=[120] "alone_scores={$own}" \
+    'grid={java_cs/*: [0.5, 1, 2], "*/text-code": [0.5, 1, 2]}' num_random=8 num_bayesian=10
+}
+search & # two processes on two cores; more would join in the same way
+search
+wait $!
 stage conf=code/evaluate checkpoint=$runs/search/encoder out=$runs/search/test
 for seed in 1 2 3; do # the same rates from other pre-fine-tuned encoders
   for rates in own seed best; do

@@ -22,14 +22,18 @@ from typing import Any
 from datamodules.files import replace_file
 from lightning_modules.cluster import keys_of_job
 from lightning_modules.configuration import compose
+from lightning_modules.recipe_graph import SEARCH
 from train import SHARED, parse_command_line
 
-SEARCH = "lightning_modules.mixture_search.mixture_search"
+RECIPE = "lightning_modules.recipe.recipe"
 
 
 def stage(*words: str) -> list[str]:
     """The words of a stage on all of the job's processes."""
     given, config = _read(words)
+    if config.get("run") in (SEARCH, RECIPE):
+        how = "submit.sh workers" if config["run"] == SEARCH else "action=submit"
+        raise ValueError(f"{words[0]} begins jobs' steps by itself; submit it with: {how}")
     if "trainer" not in config:
         return [*words]
     added = {"ckpt_path": "newest"} if "ckpt_path" not in given else {}
