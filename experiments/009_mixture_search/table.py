@@ -59,6 +59,7 @@ def table(runs: Path) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1] == "rates":
-        print("\n".join(rates(Path(sys.argv[2]), sys.argv[3])))
+        for word in rates(Path(sys.argv[2]), sys.argv[3]):
+            print(word)
     else:
         print(table(Path(sys.argv[2])))
