@@ -98,6 +98,7 @@ class Plan:
     def num_trials(self) -> int:
         """At most; points of the grid that are one mixture are tried once."""
         points = math.prod(map(len, self.grid.values())) if self.grid else 0
+        points -= bool(self.grid) and all(1.0 in factors for factors in self.grid.values())  # the seed itself
         return len(self.tasks) * len(self.alone_steps) + 1 + points + self.num_random + self.num_bayesian
 
     def alone(self) -> dict[str, Trial]:

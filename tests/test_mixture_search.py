@@ -64,6 +64,7 @@ def test_a_grid_is_every_combination_of_factors_and_each_mixture_once():
     found = plan(grid=grid).seeds(None)
     names = list(found)
     assert names == ["seed", *(f"grid.{n}" for n in range(5))]  # 3 x 2, of which one is the seed
+    assert plan(grid=grid).num_trials == 8 + 6 + 3 + 2
     rates = [tuple(trial.rates.get(task, 0.0) for task in TASKS) for trial in found.values()]
     assert len(set(rates)) == 6
     assert rates[1] == (0.25, 0.25, 0.5, 0.0)
