@@ -81,7 +81,7 @@ def test_a_grid_is_every_combination_of_factors_and_each_mixture_once():
         ({"grid": {"code/a": ()}}, "the factors of code/a are \\[\\]; allowed: at least one, 0 or more each"),
         ({"grid": {"code/a": (-1.0,)}}, "the factors of code/a are"),
         ({"grid": {"code/a": (float("nan"),)}}, "the factors of code/a are"),
-        ({"grid": dict.fromkeys(TASKS, tuple(map(float, range(1, 12))))}, "has 14,655 trials; allowed: 10,000"),
+        ({"grid": dict.fromkeys(TASKS, tuple(map(float, range(1, 12))))}, "has 14,654 trials; allowed: 10,000"),
         ({"num_random": -1}, "num_random is -1"),
         ({"alone_steps": (10, 10)}, "alone_steps are \\[10, 10\\]; allowed: different numbers above 0"),
         ({"alone_steps": (0,)}, "alone_steps are \\[0\\]"),
