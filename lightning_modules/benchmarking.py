@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,28 @@ from lightning_modules.judge import Judge
 
 MEAN = "mean"
 SCORES = "benchmarks.json"
+
+
+def specs_of(files: Sequence[str], scores: Iterable[str]) -> dict[str, BenchmarkSpec]:
+    """Benchmarks by name.
+
+    Args:
+        files: Files below conf/benchmarks, without .yaml.
+        scores: What is asked of them: benchmarks, or `mean`.
+
+    Raises:
+        ValueError: A file is missing, or no benchmark has such a name.
+    """
+    specs: dict[str, BenchmarkSpec] = {}
+    for file in files:
+        path = CONF / "benchmarks" / f"{file}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(found.stem for found in path.parent.glob("*.yaml")))
+            raise ValueError(f"there are no benchmarks {file!r}; conf/benchmarks has {known}")
+        specs |= {name: BenchmarkSpec(**spec) for name, spec in compose(path, [])["benchmarks"].items()}
+    if unknown := [score for score in scores if score not in (MEAN, *specs)]:
+        raise ValueError(f"benchmarks: score is {unknown[0]!r}; it must be {MEAN} or one of {', '.join(specs)}")
+    return specs
 
 
 class Benchmarks(Callback):
@@ -70,14 +93,7 @@ class Benchmarks(Callback):
             return
         if self.is_over:  # the checkpoint's run had ended so
             trainer.should_stop = True
-        for file in self.files:
-            path = CONF / "benchmarks" / f"{file}.yaml"
-            if not path.is_file():
-                known = ", ".join(sorted(found.stem for found in path.parent.glob("*.yaml")))
-                raise ValueError(f"there are no benchmarks {file!r}; conf/benchmarks has {known}")
-            self._specs |= {name: BenchmarkSpec(**spec) for name, spec in compose(path, [])["benchmarks"].items()}
-        if self.score not in (MEAN, *self._specs):
-            raise ValueError(f"benchmarks: score is {self.score!r}; it must be {MEAN} or one of {', '.join(self._specs)}")
+        self._specs = specs_of(self.files, [self.score])
         training = pl_module.encoder.training
         self._judge = Judge(
             pl_module.encoder,

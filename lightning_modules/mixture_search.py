@@ -26,6 +26,7 @@ from datamodules.files import replace_file
 from datamodules.job import digest_of, locked
 from datamodules.plan import STEPS_PER_BLOCK
 from datamodules.record import read_json
+from lightning_modules.benchmarking import specs_of
 from lightning_modules.checkpoints import FOLDER
 from lightning_modules.configuration import CONF, compose
 from lightning_modules.encoder.checkpoint import read_provenance
@@ -134,6 +135,7 @@ class Search:
             raise ValueError(f"stage is {stage!r}, but there is no {file}")
         if not judged["benchmarks"]:
             raise ValueError("there is nothing to judge mixtures by; give benchmarks=[<file below conf/benchmarks>]")
+        specs_of(judged["benchmarks"], [judged["score"], *alone["scores"].values()])
         plain = compose(file, [], resolve=False)
         keys = dict(leaf for key, value in keys.items() for leaf in leaves_of(key, value, plain))
         config = compose(file, words_of({**keys, "trainer.default_root_dir": "@"} if "trainer" in plain else keys))

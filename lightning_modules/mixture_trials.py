@@ -143,7 +143,7 @@ class Plan:
             known: Mixtures with their scores, greater is better; while there are fewer than two, a mixture is drawn.
             running: Mixtures whose scores are still to come.
         """
-        generator = np.random.default_rng((self.seed, MAX_TRIALS + number))
+        generator = np.random.default_rng((self.seed, MAX_TRIALS + number))  # apart from those of the draws
         candidates = generator.dirichlet(np.ones(len(self.tasks)), NUM_CANDIDATES)
         if len(known) < 2:
             return Trial(self._shares_at(candidates[0]))
@@ -171,7 +171,7 @@ class Plan:
 
     def shares(self, rates: Mapping[str, float]) -> Rates:
         """Rates as the steps that a run will have of each task, of those of a block; what has none of them is left out."""
-        counts = largest_remainder([rates[task] for task in rates], self.steps_per_block)
+        counts = largest_remainder(list(rates.values()), self.steps_per_block)
         return {task: count / self.steps_per_block for task, count in zip(rates, counts, strict=True) if count}
 
     def _points(self, mixtures: Sequence[Rates]) -> np.ndarray:

@@ -83,7 +83,7 @@ def submit(runs: Runs, words: list[str]) -> None:
         before = {jobs[runs[name].stage] for run in own for name in run.parents if runs[name].stage in jobs}
         todo = [run for run in own if states[run.name] not in ("done", "running", "submitted")]
         todo += [run for run in own if states[run.name] == "done" and anew & {runs[name].stage for name in run.parents}]
-        queued = {str(read_record(run.folder)["job"]) for run in own if states[run.name] in ("running", "submitted")}
+        queued = {str(read_record(run.folder).get("job")) for run in own if states[run.name] in ("running", "submitted")}
         if "None" in queued:
             raise ValueError(f"stage {stage} is running here and not as a job; what depends on it cannot wait for it")
         if todo:

@@ -111,7 +111,7 @@ def test_both_command_forms_are_the_same_run():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["conf=finetun"], "unknown stage 'finetun'; the stages are: adapt, assemble, code/evaluate, code/finetune,"),
+        (["conf=finetun"], "unknown stage 'finetun'; the stages are: adapt, assemble, compare, embed, evaluate,"),
         (["fit", "--config", "conf/none.yaml"], "no configuration file conf/none.yaml"),
         (["conf=soup"], "needs a value for checkpoints"),
         (["conf=soup", "checkpoints=[a]", "chekpoints=[b]"], "'chekpoints' is not accepted"),
