@@ -222,6 +222,12 @@ def test_every_row_is_in_one_part_within_the_limit(lengths, pass_cost, most):
         split_into(passes_of(sizes), len(lengths) + 1)
 
 
+def test_the_last_pack_is_full():
+    """It alone does not go through a second time: what is left over goes first."""
+    packs = packs_of(np.array([4, 4, 4, 5, 4]), 9)
+    assert [pack.tolist() for pack in packs] == [[0], [1, 2], [4, 3]]
+
+
 def test_passes_are_the_cheapest_cut():
     """Against every way to cut seven lengths."""
     sizes, cost = np.array([3, 4, 4, 9, 10, 30, 31]), 7

@@ -56,6 +56,8 @@ def split_into(parts: list[np.ndarray], number: int) -> list[np.ndarray]:
 def packs_of(lengths: np.ndarray, max_tokens: int | None = None) -> list[np.ndarray]:
     """The rows of each pack, in which items lie end to end, sorted by length.
 
+    Filled from the longest item down, so that the last pack, which the backward pass finds in memory, is a full one.
+
     Args:
         lengths: Tokens of each row (N,).
         max_tokens: Most tokens of a pack; a single longer row is a pack. None makes one of all.
@@ -64,10 +66,10 @@ def packs_of(lengths: np.ndarray, max_tokens: int | None = None) -> list[np.ndar
         Rows of each pack, shortest first.
     """
     order = np.argsort(lengths, kind="stable")
-    packs, start, tokens = [], 0, 0
-    for place, row in enumerate(order):
-        tokens += lengths[row]
-        if max_tokens is not None and tokens > max_tokens and place > start:
-            packs.append(order[start:place])
-            start, tokens = place, lengths[row]
-    return [*packs, order[start:]]
+    packs, stop, tokens = [], len(order), 0
+    for place in range(len(order) - 1, -1, -1):
+        tokens += lengths[order[place]]
+        if max_tokens is not None and tokens > max_tokens and place + 1 < stop:
+            packs.append(order[place + 1 : stop])
+            stop, tokens = place + 1, lengths[order[place]]
+    return [order[:stop], *packs[::-1]]

@@ -119,8 +119,8 @@ class ComposedBackbone(nn.Module):
                 "lower data.processor.max_text_tokens or the number of views, or raise max_position_embeddings"
             )
         if packed:
-            states_TH = self.embed(inputs.token_ids[None], inputs)[0]
-            return self.text(**packed_arguments(self.text, states_TH, inputs.lengths)).last_hidden_state[0]
+            states_TH = self.embed(inputs.token_ids[None], inputs).squeeze(0)
+            return self.text(**packed_arguments(self.text, states_TH, inputs.lengths)).last_hidden_state.squeeze(0)
         token_ids, attention_mask, places = inputs.padded()
         out = self.text(inputs_embeds=self.embed(token_ids, inputs), attention_mask=attention_mask)
         return out.last_hidden_state.flatten(0, 1)[places]

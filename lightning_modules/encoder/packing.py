@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kernels.problem import HALF
+from lightning_modules.encoder import attention_products as products
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -49,10 +50,10 @@ def first_position(text: Any) -> int:
     return embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_inputs_embeds") else 0
 
 
-def runs_of(lengths: Tensor) -> list[tuple[int, int]]:
-    """Runs of neighbours of equal length, as (how many, how long)."""
+def runs_of(lengths: Tensor) -> products.Runs:
+    """Runs of neighbours of equal length."""
     values, counts = torch.unique_consecutive(lengths, return_counts=True)
-    return list(zip(counts.tolist(), values.tolist(), strict=True))
+    return tuple(zip(counts.tolist(), values.tolist(), strict=True))
 
 
 def attend(
@@ -82,6 +83,9 @@ def attend(
         return _varlen(module, query, key, value, packed_lengths, scaling, sliding_window), None
     runs = runs_of(packed_lengths)
     window = None if sliding_window is None else module.config.sliding_window  # what transformers' own masks are made from
+    if products.are_for(query, runs, dropout, window):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return products.attention(*(x.squeeze(0).transpose(0, 1) for x in (query, key, value)), runs, scale).unsqueeze(0), None
     parts = (x[0].split([number * length for number, length in runs], dim=1) for x in (query, key, value))
     outs = []
     for (number, length), *run in zip(runs, *parts, strict=True):
