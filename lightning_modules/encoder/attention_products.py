@@ -29,17 +29,17 @@ def are_for(query: Tensor, runs: Runs, dropout: float, window: int | None) -> bo
     return is_plain and not dropout and longest <= MAX_LENGTH and (window is None or longest <= window)
 
 
-def attention(query_ThW: Tensor, key_TcW: Tensor, value_TcW: Tensor, runs: Runs, scale: float) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float) -> Tensor:
     """What each token gathers from its item (T, h, w).
 
     Args:
-        query_ThW: (T, h, w) fp32; h is a multiple of c, and as many neighbouring queries share a key.
-        key_TcW: (T, c, w).
-        value_TcW: (T, c, w).
+        query: (T, h, w); h is a multiple of c, and as many neighbouring heads share a key.
+        key: (T, c, w).
+        value: (T, c, w).
         runs: The items' lengths.
         scale: Of the scores.
     """
-    return _Attention.apply(query_ThW, key_TcW, value_TcW, runs, scale)  # pyright: ignore[reportReturnType]
+    return _Attention.apply(query, key, value, runs, scale)  # pyright: ignore[reportReturnType]
 
 
 class _Attention(torch.autograd.Function):

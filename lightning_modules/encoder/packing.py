@@ -85,7 +85,8 @@ def attend(
     window = None if sliding_window is None else module.config.sliding_window  # what transformers' own masks are made from
     if products.are_for(query, runs, dropout, window):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return products.attention(*(x.squeeze(0).transpose(0, 1) for x in (query, key, value)), runs, scale).unsqueeze(0), None
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        return products.attention(query, key, value, runs, scale).unsqueeze(0), None
     parts = (x[0].split([number * length for number, length in runs], dim=1) for x in (query, key, value))
     outs = []
     for (number, length), *run in zip(runs, *parts, strict=True):
