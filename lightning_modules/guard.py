@@ -117,9 +117,12 @@ class Guard(Callback):
 
 
 def all_finite(tensors: list[Any]) -> bool:
-    """Whether every value of the tensors is finite."""
+    """Whether every value of the tensors is finite.
+
+    Their length, which is fast, is finite only then; where it is not, large values alone may be why.
+    """
     tensors = [tensor for tensor in tensors if tensor.numel()]  # a rank's share may be empty
-    return not tensors or bool(torch.nn.utils.get_total_norm(tensors, norm_type=float("inf")).isfinite())
+    return not tensors or any(bool(torch.nn.utils.get_total_norm(tensors, norm).isfinite()) for norm in (2.0, torch.inf))
 
 
 def _data(trainer: L.Trainer) -> TrainingData:

@@ -114,7 +114,9 @@ def optimizer_of(module: nn.Module, config: OptimizerConfig) -> Optimizer:
     matrices = [group for group in groups if group["muon"]]
     if config.name == "muon" and not matrices:
         raise ValueError("optimizer.name is muon, but no matrix within text model or towers is trained; make it adamw")
-    optimizer: Optimizer = AdamW([g for g in groups if not g["muon"]], lr=config.learning_rate, betas=config.betas)
+    others = [group for group in groups if not group["muon"]]
+    optimizer: Optimizer = AdamW(others, lr=config.learning_rate, betas=config.betas, fused=True)
+    optimizer._step_supports_amp_scaling = False  # pyright: ignore[reportAttributeAccessIssue] (Lightning would not clip)
     if matrices:
         muon = Muon(matrices, lr=config.learning_rate, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
         optimizer = Together(muon, optimizer)

@@ -116,6 +116,11 @@ def test_without_options_the_groups_are_adamws_matrices_and_vectors():
         assert (group["lr"], group["betas"]) == (1e-3, (0.9, 0.98))
 
 
+def test_the_trainer_may_clip_under_mixed_precision():
+    """Lightning refuses to for an optimiser that says, as fused ones do, that it takes a gradient scaler's factor itself."""
+    assert not getattr(optimizer_of(Trained(TINY_TEXT, "conv"), OptimizerConfig()), "_step_supports_amp_scaling", False)
+
+
 def test_each_layer_and_part_has_the_rate_that_its_equation_says():
     module = Trained({**TINY_TEXT, "num_hidden_layers": 3}, "conv")
     rates = rates_of(module, OptimizerConfig(learning_rate=0.8, layer_decay=0.5, rates={"text": 0.5, "towers": 0.25}))
@@ -197,7 +202,7 @@ def test_the_two_rules_together_are_each_rule_on_its_own(is_reloaded):
         [p for n, p in parameters if n in matrices], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
     others = [(p, 0.1 if p.ndim >= 2 else 0.0) for n, p in parameters if n not in matrices]
-    adamw = AdamW([{"params": [p], "weight_decay": decay} for p, decay in others], lr=0.01, betas=(0.9, 0.98))
+    adamw = AdamW([{"params": [p], "weight_decay": decay} for p, decay in others], lr=0.01, betas=(0.9, 0.98), fused=True)
     for step in range(4):
         if is_reloaded and step == 2:
             file = io.BytesIO()
