@@ -19,7 +19,6 @@ from datamodules.collate import Batch
 from datamodules.training import TrainingData
 from lightning_modules.sharded import share
 
-MAX_SKIPPED_IN_A_ROW = 3
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -28,11 +27,15 @@ class Guard(Callback):
 
     A second SIGINT (Ctrl-C) stops at once, without a checkpoint.
 
+    Args:
+        max_skipped: Updates in a row that may be skipped.
+
     Raises:
-        ValueError: Three updates in a row were not finite; on all ranks.
+        ValueError: One more update in a row was not finite; on all ranks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_skipped: int) -> None:
+        self.max_skipped = max_skipped
         self.stopped_by: signal.Signals | None = None
         self.storm: str | None = None
         self.num_skipped = self._in_a_row = 0
@@ -95,10 +98,11 @@ class Guard(Callback):
             for batch in self._batches:
                 lines.write(json.dumps({"step": batch.step, "task": batch.task, "keys": batch.keys}, ensure_ascii=False) + "\n")
         where = f"step {self._batches[-1].step}, task {self._batches[-1].task!r}"
-        if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        if self._in_a_row > self.max_skipped:
+            updates = "1 update" if self._in_a_row == 1 else f"{self._in_a_row} updates in a row"
             raise ValueError(
-                f"loss or gradient was not finite in {self._in_a_row} updates in a row, the last at {where}; they changed no "
-                f"weight, and {file} lists their examples. Lower the learning rate, or go on from an earlier checkpoint"
+                f"loss or gradient was not finite in {updates}, the last at {where}; no weight was changed, and {file} lists "
+                "their examples. Lower the learning rate, or go on from an earlier checkpoint"
             )
         if trainer.is_global_zero:
             print(f"{where}: loss or gradient is not finite, the update is skipped; its examples are in {file}", flush=True)

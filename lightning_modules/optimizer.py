@@ -52,6 +52,8 @@ class OptimizerConfig:
         freeze: Patterns of what is frozen, adapters too. It wins over `train`, as does a rate of 0.
         layer_decay: The rate of the text model's layer l of L is multiplied by layer_decay ** (L - l), that of what comes
             before its layers (embeddings) by layer_decay ** L; what comes after them has the last one's. 1 switches it off.
+        max_skipped: Updates in a row that may be left out because loss or gradient is not finite; one more stops the run. 0
+            stops it at the first. Our choice.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -64,12 +66,15 @@ class OptimizerConfig:
     train: tuple[str, ...] | None = None
     freeze: tuple[str, ...] = ()
     layer_decay: float = 1.0
+    max_skipped: int = 2
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or not 0 <= self.warmup < 1:
             raise ValueError(
                 f"learning_rate is {self.learning_rate}, warmup {self.warmup}; allowed: above 0, and a share in [0, 1)"
             )
+        if self.max_skipped < 0:
+            raise ValueError(f"optimizer.max_skipped is {self.max_skipped}; it must be at least 0, which stops at the first")
         if unknown := [part for part in self.rates if part not in PARTS]:
             raise ValueError(f"optimizer.rates names {', '.join(unknown)}; the parts of a stage are {', '.join(PARTS)}")
         if wrong := {part: rate for part, rate in self.rates.items() if not 0 <= rate < math.inf}:

@@ -72,7 +72,7 @@ class Stage(L.LightningModule):
         snapshot_every: int | None = None,
     ) -> None:
         super().__init__()
-        self.guard = Guard()
+        self.guard = Guard(optimizer.max_skipped)
         self.stopped_early = False  # by a callback, before the last step
         self.init_from, self.lora, self.optimizer_config = init_from, lora, optimizer
         self.snapshot_every = snapshot_every

@@ -244,6 +244,7 @@ def test_without_gradients_nothing_moves_and_no_moment_changes():
         ({"rates": dict.fromkeys(("text", "projection", "objective"), 0)}, "which freezes everything; leave a part to train"),
         ({"layer_decay": 0.0}, "optimizer.layer_decay is 0.0"),
         ({"layer_decay": 1.5}, "optimizer.layer_decay is 1.5"),
+        ({"max_skipped": -1}, "optimizer.max_skipped is -1"),
         ({"momentum": 1.0}, "momentum 1.0; allowed"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
         (

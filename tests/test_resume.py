@@ -213,6 +213,13 @@ def test_values_that_are_not_finite_never_reach_a_saved_weight(zygote, tmp_path,
         assert all(torch.isfinite(torch.as_tensor(value)).all() for value in moments)
 
 
+def test_a_run_that_may_skip_nothing_stops_at_the_first_update_that_is_not_finite(zygote, tmp_path):
+    run = zygote.begin(tmp_path / "run", "model.optimizer.max_skipped=0", SPOIL=json.dumps({"5": "nan-gradient"}))
+    assert run.wait() == [1]
+    assert "not finite in 1 update, the last at step 5" in run.log()
+    assert not (tmp_path / "run" / "encoder").exists()
+
+
 def test_a_skipped_update_changes_no_weight_and_no_moment(zygote, reference, tmp_path):
     run = zygote.begin(tmp_path / "run", "trainer.max_steps=24", SPOIL=json.dumps({"23": "nan-gradient"}))
     assert run.wait() == [0], run.log()

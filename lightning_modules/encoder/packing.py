@@ -1,9 +1,9 @@
 """Attention over items that lie end to end: each sees itself alone, and no token is padding.
 
 Items of equal length that lie beside each other are one call of SDPA without a mask; sorted by length, a pack needs as many
-calls as it has different lengths. transformers finds the attention by its name; the lengths reach it as an argument of the
-model, so that a layer that runs again in the backward pass meets them again. On a GPU in half precision torch's varlen kernel
-takes all lengths in one call (not run on a GPU yet).
+calls as it has different lengths. Short items on a CPU go through `attention_products` instead, and on a GPU in half precision
+torch's varlen kernel takes all lengths in one call (not run on a GPU yet). transformers finds the attention by its name; the
+lengths reach it as an argument of the model, so that a layer that runs again in the backward pass meets them again.
 """
 
 from typing import Any
