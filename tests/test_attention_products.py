@@ -63,6 +63,8 @@ def test_what_they_take():
     assert not are_for(query, run, 0.1, None)
     assert not are_for(query.bfloat16(), run, 0.0, None)
     assert not are_for(query, ((1, 7), (1, MAX_LENGTH + 1)), 0.0, None)
+    with torch.autocast("cpu", torch.bfloat16):  # queries that a norm made fp32 again meet values in bf16
+        assert not are_for(query, run, 0.0, None)
 
 
 @pytest.mark.parametrize(("num_keys", "scaling"), [(4, None), (2, None), (2, 0.9)])

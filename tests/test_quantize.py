@@ -4,6 +4,7 @@ import copy
 import re
 from functools import cache
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -214,9 +215,11 @@ def distilled(seed: int) -> tuple[float, float]:
 
 
 def test_training_for_four_bits_loses_less_than_rounding_afterwards():
-    found = [distilled(seed) for seed in range(3)]
+    """With each of six seeds, and on average by more than five standard errors: one seed is chance, as fp32 rounds it."""
+    found = [distilled(seed) for seed in range(6)]
     left = [trained / post for post, trained in found]
-    assert 1 - max(left) > max(left) - min(left), found
+    assert max(left) < 1, found
+    assert 1 - mean(left) > 5 * stdev(left) / len(left) ** 0.5, found
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ Two comparisons a data set: `--batch-size` pairs against its cached loss (mini-b
 `--whole-batch-size` pairs against the loss that embeds a batch at once; its Matryoshka loss is around both. The same pairs make
 the same batches (in random order for it, as its own sampler leaves them), from the same random weights, with the same prefixes,
 tokenizer, optimiser, clipping and number of threads, in fp32 without dropout. Each trains in its own process, and they take
-turns of `--steps` steps after a step that warms up; a turn includes reading, tokenising and the optimiser. Memory is the peak
+turns of `--steps` steps after two that warm up; a turn includes reading, tokenising and the optimiser. Memory is the peak
 beyond what a process held before its first step. The command above should take about ten minutes on two free cores.
 Models: `bert` (6 layers, 384 wide), `small` (the text model of conf/model/small.yaml, Qwen3 without its mask).
 
@@ -49,7 +49,7 @@ from safetensors.torch import load_file
 from stream import CONSOLE, processor_name, ratio, show
 from training_inputs import NUM_DISTINCT, TASKS, Setup, Task, recall_at_1, tasks_from, write_held_out
 from transformers.utils.logging import disable_progress_bar
-from turns import Contestant, Job, with_path
+from turns import WARMUP_STEPS, Contestant, Job, with_path
 
 GOALS = dict.fromkeys(TASKS, 2.5) | {"cosqa": 1.5}  # of our examples a second against the rival's
 MODELS = ("bert", "small")
@@ -164,7 +164,7 @@ class Bench:
         pairs = write_held_out(held_out, self.setup.root, task)
         for kind in (OURS, RIVAL):
             vectors = self.setup.folder / f"{kind}.npz"
-            settings = {"rounds": 1, "steps": self.arguments.quality_steps - 1, "threads": self.arguments.threads}
+            settings = {"rounds": 1, "steps": self.arguments.quality_steps - WARMUP_STEPS, "threads": self.arguments.threads}
             settings |= {"overrides": self.overrides(None), "held_out": str(held_out), "vectors": str(vectors)}
             job, _ = self.setup.job(task, self.arguments.whole_batch_size or self.arguments.batch_size, **settings)
             with CONSOLE.status(f"{task.name}, seed {job.seed}, {job.num_steps} steps: {kind}"), self.start(kind, job) as run:

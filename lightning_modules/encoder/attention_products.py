@@ -24,9 +24,11 @@ Runs = tuple[tuple[int, int], ...]  # how many items of how many tokens lie besi
 
 def are_for(query: Tensor, runs: Runs, dropout: float, window: int | None) -> bool:
     """Whether `attention` takes these, and is the faster."""
+    if query.device.type != "cpu" or query.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
     longest = max(length for _, length in runs)
-    is_plain = query.device.type == "cpu" and query.dtype == torch.float32 and not torch.compiler.is_compiling()
-    return is_plain and not dropout and longest <= MAX_LENGTH and (window is None or longest <= window)
+    is_plain = not dropout and not torch.compiler.is_compiling()
+    return is_plain and longest <= MAX_LENGTH and (window is None or longest <= window)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float) -> Tensor:
