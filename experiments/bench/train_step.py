@@ -137,7 +137,7 @@ class Bench:
         """How far the first step's gradients of one batch lie apart, before clipping."""
         found = {}
         for kind in (OURS, RIVAL):
-            file = self.setup.folder / f"{kind}.safetensors"
+            file = self.setup.folder / f"{kind}-{task.name}.safetensors"
             settings = {"mini_batch": None if kind == OURS else NUM_DISTINCT // 4, "clip": 0.0, "gradients": str(file)}
             job, _ = self.setup.job(task, NUM_DISTINCT, split="distinct", **{**self.turns, "rounds": 0, **settings})
             with self.start(kind, job) as contestant:

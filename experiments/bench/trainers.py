@@ -132,8 +132,8 @@ def rival(job: Job) -> None:
 
 
 def _write_gradients(job: Job, model: torch.nn.Module, names: Mapping[str, str]) -> None:
-    """Gradients under names that both sides share; parameters without one are left out."""
-    if job.gradients is None:
+    """The first step's gradients under names that both sides share; parameters without one are left out."""
+    if job.gradients is None or Path(job.gradients).exists():
         return
     found = {}
     for name, parameter in model.named_parameters():
