@@ -8,7 +8,7 @@ Two comparisons a data set: `--batch-size` pairs against its cached loss (mini-b
 the same batches (in random order for it, as its own sampler leaves them), from the same random weights, with the same prefixes,
 tokenizer, optimiser, clipping and number of threads, in fp32 without dropout. Each trains in its own process, and they take
 turns of `--steps` steps after two that warm up; a turn includes reading, tokenising and the optimiser. Memory is the peak
-beyond what a process held before its first step. The command above should take about ten minutes on two free cores.
+beyond what a process held before its first step. The command above takes about a quarter of an hour on two free cores.
 Models: `bert` (6 layers, 384 wide), `small` (the text model of conf/model/small.yaml, Qwen3 without its mask).
 
 `{tokens}` in `--ours` becomes what the rival's largest mini-batch holds, padding included; where our peak is above its peak, or
