@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-MAX_LENGTH = 256  # our choice: alike from some 90 tokens on, a fifth slower at 256, but such packs hold shorter items too
+MAX_LENGTH = 256  # our choice: as fast from some 90 tokens on, a fifth slower at 256; but its packs hold shorter items too
 MAX_SCORES = 2**20  # at a time, 4 MiB: our choice, within a core's share of the last cache
 
 Runs = tuple[tuple[int, int], ...]  # how many items of how many tokens lie beside each other, in order
