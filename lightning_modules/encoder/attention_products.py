@@ -1,8 +1,8 @@
 """Attention of packed items on a CPU in fp32, by batched matrix products: scores, softmax, sum, run by run of equal lengths.
 
 torch's own kernel for a CPU works through each head of each item in blocks that are made for long sequences; of its time,
-forward and backward, these products take a third at 10 tokens, half at 20 and three quarters at 60. The scores of a few items at a time
-stay in the cache; they are not kept, and made again in the backward pass.
+forward and backward, these products take a third at 10 tokens, half at 20 and three quarters at 60. The scores of
+a few items at a time stay in the cache; they are not kept, and made again in the backward pass.
 
 Letters: T tokens of all items, m items of a block, L tokens of each, h query heads, c key heads, w their width.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-MAX_LENGTH = 256  # our choice: as fast from some 90 tokens on, a fifth slower at 256; but its packs hold shorter items too
+MAX_LENGTH = 256  # our choice: alike from some 90 tokens on, slower by a fifth at 256, but packs hold shorter items too
 MAX_SCORES = 2**20  # at a time, 4 MiB: our choice, within a core's share of the last cache
 
 Runs = tuple[tuple[int, int], ...]  # how many items of how many tokens lie beside each other, in order
